@@ -1,0 +1,50 @@
+"""The host side of the virtio memory balloon.
+
+`GuestMemory` says where guest RAM is, `Balloon` is the device, `Worker` serves its queues in a thread of its
+own. Importing this starts no thread and installs no handler.
+"""
+
+from __future__ import annotations
+
+try:
+    from balloon._worker import Worker
+except ImportError as _error:  # an unbuilt tree
+    raise ImportError(f"the native modules of balloon are not built ({_error}): run `make`") from _error
+
+from balloon.device import Balloon, Counters, Effect
+from balloon.errors import (
+    BalloonError,
+    ConfigError,
+    GuestError,
+    PayloadError,
+    PeerError,
+    ReclaimError,
+    RingError,
+    StateError,
+)
+from balloon.memory import FdRegion, GuestMemory, Region
+from balloon.spec import Feature, Role, Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Balloon",
+    "BalloonError",
+    "ConfigError",
+    "Counters",
+    "Effect",
+    "FdRegion",
+    "Feature",
+    "GuestError",
+    "GuestMemory",
+    "PayloadError",
+    "PeerError",
+    "ReclaimError",
+    "Region",
+    "RingError",
+    "Role",
+    "StateError",
+    "Status",
+    "Worker",
+    "__version__",
+]

@@ -1,0 +1,8 @@
+"""`python -m balloon` is the program `balloon`."""
+
+import sys
+
+from balloon.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+from libc.stdint cimport uint64_t
+
+cdef enum:  # how a region's memory is given back; kept on the region
+    METHOD_NONE = 0      # nothing can be freed safely: acknowledge, do not discard
+    METHOD_DONTNEED = 1  # private anonymous memory: madvise, vectored where the kernel allows it
+    METHOD_REMOVE = 2    # shared memory without an fd: madvise(MADV_REMOVE)
+    METHOD_PUNCH = 3     # shared memory with an fd: fallocate(FALLOC_FL_PUNCH_HOLE)
+
+ctypedef struct region_t:
+    uint64_t guest       # guest-physical address of the first byte
+    uint64_t size        # bytes
+    char *host           # where that byte is in this process
+    uint64_t fd_offset   # where it is in the file
+    uint64_t page        # bytes of one page of the backing
+    int fd               # the file, or -1
+    int method           # METHOD_*, atomic: a drain lowers it to NONE when the kernel refuses
+    int refused          # errno of that refusal, atomic; 0 when there is nothing to look into
+
+ctypedef struct map_t:
+    size_t count
+    region_t *regions    # sorted by guest address, disjoint
+
+cdef region_t *map_find(const map_t *map, uint64_t address) noexcept nogil
+cdef char *map_host(const map_t *map, uint64_t address, uint64_t size) noexcept nogil
+
+cdef class BufferHold:
+    cdef Py_buffer view
+    cdef bint held
+    cpdef release(self)
+
+cdef class GuestMap:
+    cdef map_t map
+    cdef readonly object holds

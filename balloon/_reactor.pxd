@@ -1,0 +1,60 @@
+from libc.stdint cimport uint64_t
+
+from balloon._drain cimport queue_t
+from balloon._pthread cimport pthread_mutex_t
+from balloon._reclaim cimport reclaim_t
+
+cdef enum:
+    COMMAND_ATTACH = 1
+    COMMAND_DETACH = 2
+    COMMAND_STOP = 3
+
+cdef enum:
+    NEWS_FAULT = 1    # the queue has stopped
+    NEWS_REFUSED = 2  # the kernel refused a range
+
+ctypedef struct slot_t:         # a queue as its worker sees it
+    queue_t *queue
+    slot_t *next_ready
+    slot_t *next_news
+    pthread_mutex_t call_lock   # held for the swap and the write of the call fd, never for a slice
+    int kick_fd
+    int call_fd
+    bint call_socket
+    bint call_owed              # a notification came due before there was a call fd
+    bint ready
+    bint parked
+    bint refused                # news for the control plane: the kernel refused a range
+    bint posted                 # in the list of news
+    bint told                   # that it is parked
+    uint64_t failures           # of the reclaimer, when it was last looked at
+    int stopping                # atomic: a detach was asked for
+
+ctypedef struct command_t:
+    int kind
+    slot_t *slot
+    command_t *next
+
+ctypedef struct worker_t:
+    pthread_mutex_t lock        # commands, events
+    command_t *commands
+    command_t **commands_tail
+    command_t *done
+    command_t **done_tail
+    slot_t *news
+    int pending                 # atomic: there are commands
+    int epoll_fd
+    int wake_fd
+    int event_fd
+    bint guarded
+    slot_t *first               # queues that have work, in turn
+    slot_t *last
+    reclaim_t *reclaim
+
+cdef void ring_bell(int fd) noexcept nogil
+cdef void call(slot_t *slot) noexcept nogil
+cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded) noexcept nogil
+cdef void reactor_run(worker_t *w) noexcept nogil
+cdef void reactor_post(worker_t *w, command_t *command) noexcept nogil
+cdef void reactor_collect(worker_t *w, command_t **done, slot_t **news) noexcept nogil
+cdef int reactor_hear(worker_t *w, slot_t *slot) noexcept nogil

@@ -1,0 +1,315 @@
+"""The loop of a worker: waits on kicks and serves queues from kick to call, without the GIL.
+
+Rules (CONTRACTS 1 to 6, 10, 11, 18):
+
+* A queue is attached to at most one worker, which then is its only owner; detaching gives it back. A queue
+  that is being detached ends the slice under way, uses its popped heads and pops nothing more.
+* The worker waits in one epoll set. Kick eventfds are watched edge-triggered and never read, so that kicks
+  of a detached queue stay in the eventfd; attaching always drains once.
+* Between two slices the worker looks at its commands, so that no guest delays a detach.
+* Commands come in a list under a mutex and an eventfd; what has happened goes back the same way. The worker
+  allocates nothing and touches no Python object.
+* The thread blocks all signals but those of its own faults. It ends before the interpreter does.
+"""
+
+from libc.errno cimport EINTR, errno
+from libc.stdint cimport uint32_t, uint64_t
+
+from balloon._drain cimport SLICE_FAULT, SLICE_MORE, queue_cut, queue_slice, queue_t
+from balloon._pthread cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from balloon._reclaim cimport reclaim_t
+from balloon._spec cimport FAULT_BUS_ERROR
+
+cdef extern from "_atomics.h" nogil:
+    int flag_load(const int *p)
+    void flag_store(int *p, int v)
+    void balloon_on_sigbus(int number) noexcept
+    int balloon_guarded(int (*work)(void *, void *) noexcept nogil, void *a, void *b, int on_bus_error)
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    cdef struct sigaction_t "sigaction":
+        void (*sa_handler)(int) noexcept nogil
+        int sa_flags
+        sigset_t sa_mask
+    int c_sigaction "sigaction"(int number, const sigaction_t *new, sigaction_t *old)
+    int sigfillset(sigset_t *mask)
+    int sigemptyset(sigset_t *mask)
+    int sigdelset(sigset_t *mask, int number)
+    int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old)
+    int SIG_SETMASK, SIGBUS, SIGSEGV, SIGFPE, SIGILL, SA_NODEFER
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        void *ptr
+    cdef struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int flags)
+    int epoll_ctl(int epfd, int operation, int fd, epoll_event *event)
+    int epoll_wait(int epfd, epoll_event *events, int size, int timeout)
+    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
+    uint32_t EPOLLIN, EPOLLET
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t send(int fd, const void *data, size_t size, int flags)
+    int MSG_DONTWAIT, MSG_NOSIGNAL
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int value, int flags)
+    int EFD_CLOEXEC, EFD_NONBLOCK
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t c_write "write"(int fd, const void *data, size_t size)
+    ssize_t c_read "read"(int fd, void *data, size_t size)
+
+cdef enum:
+    EPOLL_BATCH = 64
+
+
+cdef void ring_bell(int fd) noexcept nogil:
+    cdef uint64_t one = 1
+    c_write(fd, &one, 8)
+
+
+cdef void call(slot_t *slot) noexcept nogil:
+    """Send the used buffer notification that is due."""
+    cdef uint64_t one = 1
+    slot.queue.notify = False
+    pthread_mutex_lock(&slot.call_lock)
+    if slot.call_fd < 0:
+        slot.call_owed = True
+    elif slot.call_socket:  # User-mode Linux: exactly eight bytes, and never wait for its reader
+        send(slot.call_fd, &one, 8, MSG_DONTWAIT | MSG_NOSIGNAL)
+    else:
+        c_write(slot.call_fd, &one, 8)
+    pthread_mutex_unlock(&slot.call_lock)
+
+
+cdef int slice_of(void *queue, void *reclaim) noexcept nogil:
+    return queue_slice(<queue_t *>queue, <reclaim_t *>reclaim)
+
+
+cdef void make_ready(worker_t *w, slot_t *slot) noexcept nogil:
+    if slot.ready or slot.parked:
+        return
+    slot.ready = True
+    slot.next_ready = NULL
+    if w.last == NULL:
+        w.first = slot
+    else:
+        w.last.next_ready = slot
+    w.last = slot
+
+
+cdef void forget_ready(worker_t *w, slot_t *slot) noexcept nogil:
+    cdef slot_t *before = NULL
+    cdef slot_t *here = w.first
+    if not slot.ready:
+        return
+    while here != slot:
+        before = here
+        here = here.next_ready
+    if before == NULL:
+        w.first = slot.next_ready
+    else:
+        before.next_ready = slot.next_ready
+    if w.last == slot:
+        w.last = before
+    slot.ready = False
+
+
+cdef void serve_slice(worker_t *w, slot_t *slot) noexcept nogil:
+    """One slice of the queue whose turn it is."""
+    cdef int status
+    if w.guarded:
+        status = balloon_guarded(slice_of, slot.queue, w.reclaim, -1)
+        if status < 0:  # SIGBUS: the memory under this ring is gone
+            slot.queue.fault = FAULT_BUS_ERROR
+            slot.queue.counters.faults[FAULT_BUS_ERROR] += 1
+            slot.queue.in_chain = False
+            w.reclaim.count = 0
+            w.reclaim.bytes = 0
+            w.reclaim.work = 0
+            w.reclaim.sorted = True
+            status = SLICE_FAULT
+    else:
+        status = queue_slice(slot.queue, w.reclaim)
+    if slot.queue.notify:
+        call(slot)
+    if status == SLICE_MORE:
+        make_ready(w, slot)
+    if status == SLICE_FAULT or slot.queue.reclaimed.failures != slot.failures:
+        tell(w, slot, status == SLICE_FAULT)
+
+
+cdef void tell(worker_t *w, slot_t *slot, bint fault) noexcept nogil:
+    """Leave news for the control plane: the queue has stopped, or the kernel refused a range."""
+    pthread_mutex_lock(&w.lock)
+    slot.parked = slot.parked or fault
+    slot.refused = slot.refused or slot.queue.reclaimed.failures != slot.failures
+    slot.failures = slot.queue.reclaimed.failures
+    if not slot.posted:
+        slot.posted = True
+        slot.next_news = w.news
+        w.news = slot
+    pthread_mutex_unlock(&w.lock)
+    ring_bell(w.event_fd)
+
+
+cdef bint obey(worker_t *w) noexcept nogil:
+    """Carry out the commands that have come; false when the worker has to end."""
+    cdef command_t *command
+    cdef slot_t *slot
+    cdef epoll_event event
+    cdef bint going = True
+    pthread_mutex_lock(&w.lock)
+    flag_store(&w.pending, 0)
+    command = w.commands
+    w.commands = NULL
+    w.commands_tail = &w.commands
+    pthread_mutex_unlock(&w.lock)
+    while command != NULL:
+        slot = command.slot
+        if command.kind == COMMAND_STOP:
+            going = False
+        elif command.kind == COMMAND_ATTACH:
+            event.events = EPOLLIN | EPOLLET
+            event.data.ptr = slot
+            if slot.kick_fd >= 0:
+                epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, slot.kick_fd, &event)
+            make_ready(w, slot)
+        else:
+            if slot.kick_fd >= 0:
+                epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, slot.kick_fd, &event)
+            forget_ready(w, slot)
+            if not slot.parked:
+                if w.guarded:
+                    balloon_guarded(cut_of, slot.queue, NULL, -1)
+                else:
+                    queue_cut(slot.queue)
+                if slot.queue.notify:
+                    call(slot)
+        pthread_mutex_lock(&w.lock)
+        w.done_tail[0] = command
+        w.done_tail = &command.next
+        command = command.next
+        w.done_tail[0] = NULL
+        pthread_mutex_unlock(&w.lock)
+        ring_bell(w.event_fd)
+    return going
+
+
+cdef int cut_of(void *queue, void *unused) noexcept nogil:
+    queue_cut(<queue_t *>queue)
+    return 0
+
+
+cdef void reactor_run(worker_t *w) noexcept nogil:
+    cdef epoll_event events[EPOLL_BATCH]
+    cdef int got, number
+    cdef slot_t *slot
+    cdef slot_t *last
+    cdef uint64_t drop
+    cdef sigset_t mask
+    sigfillset(&mask)
+    sigdelset(&mask, SIGBUS)  # blocked, a fault of our own would end the process
+    sigdelset(&mask, SIGSEGV)
+    sigdelset(&mask, SIGFPE)
+    sigdelset(&mask, SIGILL)
+    pthread_sigmask(SIG_SETMASK, &mask, NULL)
+    while True:
+        got = epoll_wait(w.epoll_fd, events, EPOLL_BATCH, 0 if w.first != NULL else -1)
+        if got < 0 and errno != EINTR:
+            return
+        for number in range(got):
+            slot = <slot_t *>events[number].data.ptr
+            if slot == NULL:
+                c_read(w.wake_fd, &drop, 8)
+            else:
+                slot.queue.counters.kicks += 1
+                make_ready(w, slot)
+        # One round: each queue that has work gets one slice, and commands are looked at before each.
+        last = w.last
+        while True:
+            if flag_load(&w.pending):
+                if not obey(w):
+                    return
+                last = w.last  # the list may have lost the one that was last
+            slot = w.first
+            if slot == NULL:
+                break
+            w.first = slot.next_ready
+            if w.first == NULL:
+                w.last = NULL
+            slot.ready = False
+            if not flag_load(&slot.stopping):
+                serve_slice(w, slot)
+            if slot == last:
+                break
+
+
+cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded) noexcept nogil:
+    """Make the fds of a worker, and the handler for SIGBUS if it is wanted; an errno if that fails."""
+    cdef epoll_event event
+    cdef sigaction_t action
+    w.reclaim = reclaim
+    w.guarded = guarded
+    w.commands_tail = &w.commands
+    w.done_tail = &w.done
+    pthread_mutex_init(&w.lock, NULL)
+    w.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+    w.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    w.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if w.epoll_fd < 0 or w.wake_fd < 0 or w.event_fd < 0:
+        return errno
+    event.events = EPOLLIN
+    event.data.ptr = NULL
+    if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) != 0:
+        return errno
+    if guarded:
+        action.sa_handler = balloon_on_sigbus
+        action.sa_flags = SA_NODEFER
+        sigemptyset(&action.sa_mask)
+        if c_sigaction(SIGBUS, &action, NULL) != 0:
+            return errno
+    return 0
+
+
+cdef void reactor_post(worker_t *w, command_t *command) noexcept nogil:
+    """Leave a command for the worker."""
+    pthread_mutex_lock(&w.lock)
+    w.commands_tail[0] = command
+    w.commands_tail = &command.next
+    flag_store(&w.pending, 1)
+    pthread_mutex_unlock(&w.lock)
+    ring_bell(w.wake_fd)
+
+
+cdef void reactor_collect(worker_t *w, command_t **done, slot_t **news) noexcept nogil:
+    """Take what the worker has left: commands that are done, queues with news."""
+    cdef uint64_t drop
+    c_read(w.event_fd, &drop, 8)
+    pthread_mutex_lock(&w.lock)
+    done[0] = w.done
+    w.done = NULL
+    w.done_tail = &w.done
+    news[0] = w.news
+    w.news = NULL
+    pthread_mutex_unlock(&w.lock)
+
+
+cdef int reactor_hear(worker_t *w, slot_t *slot) noexcept nogil:
+    """What the news of a queue are, NEWS_* bits; from now on it may be in the list again."""
+    cdef int news = 0
+    pthread_mutex_lock(&w.lock)
+    slot.posted = False
+    if slot.refused:
+        slot.refused = False
+        news |= NEWS_REFUSED
+    if slot.parked and not slot.told:
+        slot.told = True
+        news |= NEWS_FAULT
+    pthread_mutex_unlock(&w.lock)
+    return news

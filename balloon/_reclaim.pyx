@@ -1,0 +1,379 @@
+"""Ranges of host memory in; sorted, merged, trimmed and returned to the kernel in as few calls as it allows.
+
+Rules:
+
+* Linux sends page frame numbers in descending runs: neighbours are merged as they come, upwards and
+  downwards, and the rest after a sort. A range never crosses a region, hence never a mapping or a file.
+* Each run is trimmed inwards to whole pages of what backs it (CONTRACTS 15): madvise(2) rounds a length up,
+  and fallocate(2) zeroes the edges, so that an untrimmed run destroys its neighbours.
+* A run that fails is counted and skipped; the others go on (CONTRACTS 16). If the kernel refuses the call
+  as such, the region's method becomes "none", and the control plane looks into it once.
+"""
+
+cimport cython
+from libc.errno cimport EACCES, EAGAIN, EBADF, EINTR, EINVAL, ENODEV, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from balloon._memory cimport (
+    METHOD_DONTNEED, METHOD_NONE, METHOD_PUNCH, METHOD_REMOVE, GuestMap, map_find, region_t,
+)
+from balloon._spec cimport RECLAIM_RETRIES, SLICE_BYTES, SLICE_RANGES, SLICE_WORK
+
+import os
+
+from balloon.errors import StateError
+
+cdef extern from "_atomics.h" nogil:
+    int flag_load(const int *p)
+    void flag_store(int *p, int v)
+
+cdef extern from "<sys/types.h>" nogil:
+    ctypedef long off_t
+
+cdef extern from "<fcntl.h>" nogil:
+    int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length)
+    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+
+cdef extern from "<sys/mman.h>" nogil:
+    int c_madvise "madvise"(void *address, size_t length, int advice)
+    void *c_mmap "mmap"(void *address, size_t length, int prot, int flags, int fd, off_t offset)
+    int c_munmap "munmap"(void *address, size_t length)
+    int MADV_DONTNEED, MADV_REMOVE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS
+    void *MAP_FAILED
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef extern from *:
+    """
+    #include <sys/syscall.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+    #ifndef SYS_process_madvise
+    #define SYS_process_madvise 440
+    #endif
+    /* PIDFD_SELF_THREAD_GROUP of Linux 6.15: "this process", without a file descriptor. */
+    static ssize_t balloon_process_madvise(int pidfd, const struct iovec *v, size_t n, int advice) {
+        return syscall(SYS_process_madvise, pidfd, v, n, advice, 0U);
+    }
+    """
+    ssize_t balloon_process_madvise(int pidfd, const iovec *vectors, size_t count, int advice) nogil
+
+ctypedef int (*madvise_t)(void *, size_t, int) noexcept nogil
+ctypedef int (*fallocate_t)(int, int, off_t, off_t) noexcept nogil
+ctypedef ssize_t (*process_madvise_t)(int, const iovec *, size_t, int) noexcept nogil
+
+# The three calls go through pointers so that balloon.testing.faults can stand in for the kernel.
+cdef madvise_t call_madvise = <madvise_t>c_madvise
+cdef fallocate_t call_fallocate = <fallocate_t>c_fallocate
+cdef process_madvise_t call_process_madvise = <process_madvise_t>balloon_process_madvise
+
+cdef int PIDFD_SELF = -10001   # PIDFD_SELF_THREAD_GROUP
+cdef int probed = -1           # -1: not probed yet; 0: no; 1: yes
+
+
+cdef bint probe_vectored() noexcept nogil:
+    """Does process_madvise(2) discard our own memory? A page of ours tells; an empty vector would not."""
+    global probed
+    cdef iovec vector
+    cdef char *page
+    if probed < 0:
+        page = <char *>c_mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if page == <char *>MAP_FAILED:
+            return False
+        page[0] = 1
+        vector.iov_base = page
+        vector.iov_len = 4096
+        probed = balloon_process_madvise(PIDFD_SELF, &vector, 1, MADV_DONTNEED) == 4096 and page[0] == 0
+        c_munmap(page, 4096)
+    return probed == 1
+
+
+cdef bint reclaim_full(const reclaim_t *r) noexcept nogil:
+    """True when the slice is complete and has to be flushed before more is added."""
+    return r.count >= SLICE_RANGES or r.bytes >= <uint64_t>SLICE_BYTES or r.work >= SLICE_WORK
+
+
+cdef void reclaim_add(reclaim_t *r, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
+    """Add a range of one region; it is merged with the last one where they touch or overlap."""
+    cdef range_t *last
+    if r.count:
+        last = &r.ranges[r.count - 1]
+        if last.region == region and start <= last.end and end >= last.start:
+            if end > last.end:
+                r.bytes += end - last.end
+                last.end = end
+            if start < last.start:
+                r.bytes += last.start - start
+                last.start = start
+                # It grew downwards, maybe past the one before it.
+                if r.count > 1 and start <= r.ranges[r.count - 2].end:
+                    r.sorted = False
+            return
+        if start < last.end:
+            r.sorted = False
+    last = &r.ranges[r.count]
+    last.start = start
+    last.end = end
+    last.region = region
+    r.bytes += end - start
+    r.count += 1
+
+
+cdef void sort_ranges(reclaim_t *r) noexcept nogil:
+    """Sort by start: insertion for a few, else byte by byte from the lowest (radix), without equal bytes."""
+    cdef uint32_t count = r.count
+    cdef uint32_t number, position, total, step
+    cdef uint32_t bucket[256]
+    cdef uint64_t every_one = <uint64_t>-1
+    cdef uint64_t any_one = 0
+    cdef int shift
+    cdef range_t moving
+    cdef range_t *source = r.ranges
+    cdef range_t *target = r.scratch
+    if count <= 24:
+        for number in range(1, count):
+            moving = source[number]
+            position = number
+            while position and source[position - 1].start > moving.start:
+                source[position] = source[position - 1]
+                position -= 1
+            source[position] = moving
+        return
+    for number in range(count):
+        every_one &= source[number].start
+        any_one |= source[number].start
+    for shift in range(0, 64, 8):
+        if ((every_one ^ any_one) >> shift) & 0xff == 0:
+            continue
+        memset(bucket, 0, sizeof(bucket))
+        for number in range(count):
+            bucket[<uint8_t>(source[number].start >> shift)] += 1
+        total = 0
+        for number in range(256):
+            step = bucket[number]
+            bucket[number] = total
+            total += step
+        for number in range(count):
+            position = bucket[<uint8_t>(source[number].start >> shift)]
+            bucket[<uint8_t>(source[number].start >> shift)] += 1
+            target[position] = source[number]
+        source, target = target, source
+    if source != r.ranges:
+        memcpy(r.ranges, source, count * sizeof(range_t))
+
+
+cdef void merge_ranges(reclaim_t *r) noexcept nogil:
+    """Join ranges of the same region that touch or overlap; they are sorted."""
+    cdef uint32_t kept = 0
+    cdef uint32_t number
+    for number in range(1, r.count):
+        if r.ranges[number].region == r.ranges[kept].region and r.ranges[number].start <= r.ranges[kept].end:
+            if r.ranges[number].end > r.ranges[kept].end:
+                r.ranges[kept].end = r.ranges[number].end
+        else:
+            kept += 1
+            r.ranges[kept] = r.ranges[number]
+    r.count = kept + 1
+
+
+cdef void refuse(range_t *piece, int error, reclaim_counters_t *counters) noexcept nogil:
+    """Count a run that the kernel would not take; give the method up if it refused the call as such."""
+    counters.failures += 1
+    counters.failed_bytes += piece.end - piece.start
+    if error in (EINVAL, EPERM, EACCES, EBADF, ENODEV, ENOSYS, EOPNOTSUPP):
+        flag_store(&piece.region.refused, error)
+        flag_store(&piece.region.method, METHOD_NONE)
+
+
+cdef void discard_one(range_t *piece, int method, reclaim_counters_t *counters) noexcept nogil:
+    """One call for one run."""
+    cdef size_t length = piece.end - piece.start
+    cdef int status
+    cdef int tries = 0
+    while tries < RECLAIM_RETRIES:
+        tries += 1
+        counters.system_calls += 1
+        if method == METHOD_PUNCH:
+            status = call_fallocate(
+                piece.region.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                <off_t>(piece.region.fd_offset + (piece.start - <uintptr_t>piece.region.host)), <off_t>length)
+        else:
+            status = call_madvise(
+                <void *>piece.start, length, MADV_REMOVE if method == METHOD_REMOVE else MADV_DONTNEED)
+        if status == 0:
+            counters.advised_bytes += length
+            return
+        if errno != EINTR and errno != EAGAIN:
+            break
+    refuse(piece, errno, counters)
+
+
+cdef void discard_vector(reclaim_t *r, range_t *pieces, uint32_t count,
+                         reclaim_counters_t *counters) noexcept nogil:
+    """Many runs of private memory in one call; resumed exactly after a run that fails.
+
+    The call returns the bytes of the vectors that it finished; the error of the one where it stopped is
+    lost if any went before it. Asking for that one alone tells.
+    """
+    cdef iovec *vectors = <iovec *>r.vectors
+    cdef uint32_t first = 0
+    cdef uint32_t number
+    cdef ssize_t done
+    cdef int tries = 0
+    cdef size_t length
+    for number in range(count):
+        vectors[number].iov_base = <void *>pieces[number].start
+        vectors[number].iov_len = pieces[number].end - pieces[number].start
+    while first < count:
+        if count - first == 1 or not r.vectored:
+            discard_one(&pieces[first], METHOD_DONTNEED, counters)
+            first += 1
+            continue
+        counters.system_calls += 1
+        done = call_process_madvise(PIDFD_SELF, vectors + first, count - first, MADV_DONTNEED)
+        if done < 0:
+            if (errno == EINTR or errno == EAGAIN) and tries < RECLAIM_RETRIES:
+                tries += 1
+                continue
+            if errno == ENOSYS or errno == EPERM:
+                r.vectored = False  # a filter for system calls came after the probe
+            done = 0
+        while first < count:
+            length = pieces[first].end - pieces[first].start
+            if <size_t>done < length:
+                break
+            counters.advised_bytes += length
+            done -= <ssize_t>length
+            first += 1
+        if first < count:
+            # It stopped inside this run or before it; discarding a part twice does no harm.
+            discard_one(&pieces[first], METHOD_DONTNEED, counters)
+            first += 1
+
+
+cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil:
+    """Give everything that was added back to the kernel; empty afterwards."""
+    cdef uint32_t number
+    cdef uint32_t kept = 0
+    cdef range_t *piece
+    cdef uint64_t page, start, end
+    cdef int method
+    if r.count:
+        if not r.sorted:
+            sort_ranges(r)
+        merge_ranges(r)
+    for number in range(r.count):
+        piece = &r.ranges[number]
+        method = flag_load(&piece.region.method)
+        if method == METHOD_NONE:
+            counters.skipped_bytes += piece.end - piece.start
+            continue
+        page = piece.region.page
+        start = (piece.start + (page - 1)) & ~(page - 1)
+        end = piece.end & ~(page - 1)
+        if start >= end:
+            counters.clipped_bytes += piece.end - piece.start
+            continue
+        counters.clipped_bytes += (piece.end - piece.start) - (end - start)
+        counters.ranges += 1
+        piece.start = start
+        piece.end = end
+        if method == METHOD_DONTNEED and r.vectored:
+            r.ranges[kept] = piece[0]
+            kept += 1
+        else:
+            discard_one(piece, method, counters)
+    if kept:
+        discard_vector(r, r.ranges, kept, counters)
+    r.count = 0
+    r.bytes = 0
+    r.work = 0
+    r.sorted = True
+
+
+@cython.final
+cdef class Reclaimer:
+    """Collects ranges of guest memory and gives them back to the kernel.
+
+    A device has one; this class is for programs that have ranges from elsewhere, and for tests.
+    """
+
+    def __cinit__(self):
+        self.state.ranges = <range_t *>calloc(SLICE_RANGES, sizeof(range_t))
+        self.state.scratch = <range_t *>calloc(SLICE_RANGES, sizeof(range_t))
+        self.state.vectors = calloc(SLICE_RANGES, sizeof(iovec))
+        if self.state.ranges == NULL or self.state.scratch == NULL or self.state.vectors == NULL:
+            raise MemoryError
+        self.state.sorted = True
+        self.state.vectored = probe_vectored()
+
+    def __dealloc__(self):
+        free(self.state.ranges)
+        free(self.state.scratch)
+        free(self.state.vectors)
+
+    def discard(self, GuestMap memory not None, ranges):
+        """Give guest ranges, an iterable of (guest address, size), back to the kernel.
+
+        What is outside guest memory is left out. Releases the GIL during the system calls.
+
+        :raise StateError: another thread is in this method.
+        """
+        cdef uint64_t host, part_address
+        cdef region_t *region
+        if self.busy:
+            raise StateError("another thread uses this Reclaimer: make one for each")
+        parts = [part for address, size in ranges for part in memory.translate(address, size)]
+        self.busy = True
+        try:
+            for part_address, host, take in parts:
+                region = map_find(&memory.map, part_address)
+                reclaim_add(&self.state, region, host, host + <uint64_t>take)
+                if reclaim_full(&self.state):
+                    with nogil:
+                        reclaim_flush(&self.state, &self.counters)
+            with nogil:
+                reclaim_flush(&self.state, &self.counters)
+        finally:
+            self.busy = False
+
+    @property
+    def vectored(self):
+        """Whether private memory is given back by one vectored call (Linux 6.15 and later)."""
+        return bool(self.state.vectored)
+
+    @vectored.setter
+    def vectored(self, bint wanted):
+        self.state.vectored = wanted and probe_vectored()
+
+    def counts(self):
+        """The counters so far, by name."""
+        return dict(self.counters)
+
+
+def probe_punch(int fd, uint64_t page):
+    """Whether holes can be punched into a file: 0, or the errno that says why not.
+
+    Asks for a hole just behind the end of the file: that changes nothing, and meets the same seals, modes
+    and file systems as a hole inside it.
+    """
+    size = os.fstat(fd).st_size
+    cdef off_t end = (size + page - 1) // page * page
+    if c_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, end, <off_t>page) == 0:
+        return 0
+    return errno
+
+
+def _set_system_calls(uintptr_t madvise=0, uintptr_t process_madvise=0, uintptr_t fallocate=0):
+    """Put C functions in the place of system calls, by address; 0 puts the real one back. For tests."""
+    global call_madvise, call_fallocate, call_process_madvise
+    call_madvise = <madvise_t>madvise if madvise else <madvise_t>c_madvise
+    call_fallocate = <fallocate_t>fallocate if fallocate else <fallocate_t>c_fallocate
+    call_process_madvise = (
+        <process_madvise_t>process_madvise if process_madvise
+        else <process_madvise_t>balloon_process_madvise)

@@ -1,0 +1,254 @@
+"""The split virtqueue, seen from the device: pop a chain, push used, ask whether to notify.
+
+Rules (sections of the standard: Split Virtqueues):
+
+* The guest may write anything at any moment. Each field is read once, into a copy of ours, and checked
+  there. Nothing in the descriptor table is ever written (C4).
+* A chain has at most as many descriptors as the queue has entries, those of an indirect table included: a
+  driver must not make longer ones, and a loop always is.
+* A chain that breaks the rules is not popped: the ring is corrupt, and the device needs a reset.
+* The available index is loaded with acquire, the used index stored with release. A full fence stands
+  between the store of the used index and the look at the driver's wish for a notification, and between
+  our own wish and the second look at the available index: without it both sides may sleep (CONTRACTS 12).
+"""
+
+cimport cython
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+from balloon._memory cimport GuestMap, map_host, map_t
+from balloon._spec cimport (
+    AVAIL_F_NO_INTERRUPT, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, FAULT_AVAILABLE_AHEAD, FAULT_HEAD_RANGE,
+    FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
+    FAULT_INDIRECT_UNNEGOTIATED, FAULT_LOOP, FAULT_NEXT_RANGE, FAULT_RING_ADDRESS, QUEUE_SIZE_MAX,
+    USED_F_NO_NOTIFY,
+)
+
+from balloon import spec
+from balloon.errors import ConfigError, RingError
+
+cdef extern from "_atomics.h" nogil:
+    uint16_t load_once_u16(const void *p)
+    uint32_t load_once_u32(const void *p)
+    uint64_t load_once_u64(const void *p)
+    void store_once_u16(void *p, uint16_t v)
+    void store_once_u32(void *p, uint32_t v)
+    uint16_t load_acquire_u16(const void *p)
+    void store_release_u16(void *p, uint16_t v)
+    void full_fence()
+
+
+cdef int split_place(split_t *ring, const map_t *map, uint64_t descriptors, uint64_t available,
+                     uint64_t used) noexcept nogil:
+    """Find the three parts of the ring in this process; a fault where they are not in RAM or misaligned."""
+    cdef uint64_t size = ring.size
+    if descriptors & 15 or available & 1 or used & 3:
+        return FAULT_RING_ADDRESS
+    ring.descriptors = map_host(map, descriptors, size * DESC_BYTES)
+    ring.available = map_host(map, available, 6 + 2 * size)
+    ring.used = map_host(map, used, 6 + 8 * size)
+    if ring.descriptors == NULL or ring.available == NULL or ring.used == NULL:
+        return FAULT_RING_ADDRESS
+    return 0
+
+
+cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
+    """1: a chain was popped into `ring.chain`; 0: the ring is empty; below 0: minus the fault."""
+    cdef uint16_t pending = <uint16_t>(load_acquire_u16(ring.available + 2) - ring.next_available)
+    cdef uint32_t position, length, limit, count
+    cdef uint16_t flags, following, head
+    cdef uint64_t address
+    cdef char *table = ring.descriptors
+    cdef const char *entry
+    cdef bint nested = False
+    if pending == 0:
+        return 0
+    if pending > ring.size:
+        return -FAULT_AVAILABLE_AHEAD
+    head = load_once_u16(ring.available + 4 + 2 * <size_t>(ring.next_available & ring.mask))
+    if head >= ring.size:
+        return -FAULT_HEAD_RANGE
+    position = head
+    limit = ring.size
+    count = 0
+    while True:
+        entry = table + DESC_BYTES * <size_t>position
+        address = load_once_u64(entry)
+        length = load_once_u32(entry + 8)
+        flags = load_once_u16(entry + 12)
+        following = load_once_u16(entry + 14)
+        if flags & DESC_F_INDIRECT:
+            if nested:
+                return -FAULT_INDIRECT_NESTED
+            if not ring.indirect:
+                return -FAULT_INDIRECT_UNNEGOTIATED
+            if flags & DESC_F_NEXT:
+                return -FAULT_INDIRECT_NEXT
+            if length == 0 or length % DESC_BYTES:
+                return -FAULT_INDIRECT_SIZE
+            table = map_host(map, address, length)
+            if table == NULL:
+                return -FAULT_INDIRECT_ADDRESS
+            limit = length / DESC_BYTES
+            nested = True
+            position = 0
+            continue
+        if count == ring.size:
+            return -FAULT_LOOP
+        ring.chain[count].address = address
+        ring.chain[count].length = length
+        ring.chain[count].flags = flags
+        count += 1
+        if not flags & DESC_F_NEXT:
+            break
+        if following >= limit:
+            return -FAULT_NEXT_RANGE
+        position = following
+    ring.chain_length = count
+    ring.head = head
+    ring.next_available += 1
+    return 1
+
+
+cdef void split_push(split_t *ring, uint16_t head) noexcept nogil:
+    """Write the used entry of `head`, shown at the next publish. Nothing was written into it: length 0."""
+    cdef char *entry = ring.used + 4 + 8 * <size_t>(ring.next_used & ring.mask)
+    store_once_u32(entry, head)
+    store_once_u32(entry + 4, 0)
+    ring.next_used += 1
+    ring.touched = True
+
+
+cdef bint split_publish(split_t *ring) noexcept nogil:
+    """Show the driver what was pushed; true if it wants a used buffer notification (C7, C8)."""
+    cdef uint16_t before, event
+    if not ring.touched:
+        return False
+    ring.touched = False
+    store_release_u16(ring.used + 2, ring.next_used)
+    full_fence()
+    if not ring.event_idx:
+        return not load_once_u16(ring.available) & AVAIL_F_NO_INTERRUPT
+    before = ring.notified
+    ring.notified = ring.next_used
+    event = load_once_u16(ring.available + 4 + 2 * <size_t>ring.size)
+    if not ring.notified_valid:
+        ring.notified_valid = True
+        return True
+    return <uint16_t>(ring.next_used - event - 1) < <uint16_t>(ring.next_used - before)
+
+
+cdef void split_silence(split_t *ring) noexcept nogil:
+    """Ask for no available buffer notification while at work (C11); not needed with EVENT_IDX (C12)."""
+    if not ring.event_idx and not ring.silenced:
+        ring.silenced = True
+        store_once_u16(ring.used, USED_F_NO_NOTIFY)
+
+
+cdef bint split_listen(split_t *ring) noexcept nogil:
+    """Ask for a notification of the next available buffer; true if one has come meanwhile."""
+    if ring.event_idx:
+        store_once_u16(ring.used + 4 + 8 * <size_t>ring.size, ring.next_available)
+    elif ring.silenced:
+        ring.silenced = False
+        store_once_u16(ring.used, 0)
+    full_fence()
+    return load_acquire_u16(ring.available + 2) != ring.next_available
+
+
+cdef guest_error(int fault, queue=None):
+    """The exception for a fault of the ring."""
+    text, section = spec.FAULT_TEXT[spec.Fault(fault)]
+    return RingError(text, queue=queue, section=section)
+
+
+@cython.final
+cdef class SplitRing:
+    """One split virtqueue, by the guest addresses of its three parts.
+
+    :raise ConfigError: the size is not a power of two between 1 and 32768.
+    :raise RingError: the ring does not lie in guest memory, or is misaligned.
+    """
+
+    def __cinit__(self, GuestMap memory not None, *, int size, uint64_t descriptor_address,
+                  uint64_t available_address, uint64_t used_address, bint event_idx=False,
+                  bint indirect=False, uint16_t next_available=0):
+        if size < 1 or size > QUEUE_SIZE_MAX or size & (size - 1):
+            raise ConfigError(f"a queue size of {size} is not a power of two up to {QUEUE_SIZE_MAX}")
+        self.ring.size = <uint16_t>size
+        self.ring.mask = <uint16_t>(size - 1)
+        self.ring.event_idx = event_idx
+        self.ring.indirect = indirect
+        self.ring.next_available = next_available
+        self.addresses[0] = descriptor_address
+        self.addresses[1] = available_address
+        self.addresses[2] = used_address
+        self.ring.chain = <desc_t *>calloc(<size_t>size, sizeof(desc_t))
+        if self.ring.chain == NULL:
+            raise MemoryError
+        self.move(memory)
+        # The ring may have been served before, by another process: go on where its used index stands.
+        self.ring.next_used = load_acquire_u16(self.ring.used + 2)
+
+    def __dealloc__(self):
+        free(self.ring.chain)
+
+    cdef void move(self, GuestMap memory) except *:
+        """Put the ring on another map; on failure it stays where it is."""
+        cdef split_t moved = self.ring
+        if split_place(&moved, &memory.map, self.addresses[0], self.addresses[1], self.addresses[2]) != 0:
+            raise guest_error(FAULT_RING_ADDRESS)
+        self.ring = moved
+        self.memory = memory
+
+    @property
+    def size(self):
+        """Entries of the queue."""
+        return self.ring.size
+
+    @property
+    def next_available(self):
+        """Index of the next available entry that will be popped, modulo 2^16."""
+        return self.ring.next_available
+
+    @property
+    def next_used(self):
+        """Index of the next used entry that will be written, modulo 2^16."""
+        return self.ring.next_used
+
+    def pop(self):
+        """The next chain as (head, [(address, length, flags), …]), or None if the ring is empty.
+
+        :raise RingError: the ring is corrupt; nothing was popped.
+        """
+        cdef int got = split_pop(&self.ring, &self.memory.map)
+        cdef uint32_t number
+        if got == 0:
+            return None
+        if got < 0:
+            raise guest_error(-got)
+        return self.ring.head, [
+            (self.ring.chain[number].address, self.ring.chain[number].length, self.ring.chain[number].flags)
+            for number in range(self.ring.chain_length)
+        ]
+
+    def push(self, uint16_t head):
+        """Write the used entry of a popped head, with length 0; it is shown at the next `publish()`."""
+        split_push(&self.ring, head)
+
+    def publish(self):
+        """Show what was pushed; true if the driver wants a used buffer notification."""
+        return bool(split_publish(&self.ring))
+
+    def silence(self):
+        """Ask the driver not to notify while buffers are being popped."""
+        split_silence(&self.ring)
+
+    def listen(self):
+        """Ask the driver to notify of the next buffer; true if one came meanwhile, then pop again."""
+        return bool(split_listen(&self.ring))
+
+    def ring_host_addresses(self):
+        """Where the descriptor table, available ring and used ring are in this process."""
+        return tuple([<uintptr_t>self.ring.descriptors, <uintptr_t>self.ring.available,
+                      <uintptr_t>self.ring.used])

@@ -1,0 +1,41 @@
+# What native code needs of spec.py. tests/test_spec.py compares every name and number here with it.
+
+cdef enum:
+    PAGE_SHIFT = 12
+    DESC_BYTES = 16
+    DESC_F_NEXT = 1
+    DESC_F_WRITE = 2
+    DESC_F_INDIRECT = 4
+    AVAIL_F_NO_INTERRUPT = 1
+    USED_F_NO_NOTIFY = 1
+    QUEUE_SIZE_MAX = 32768
+    SLICE_RANGES = 1024
+    SLICE_BYTES = 67108864
+    SLICE_WORK = 65536
+    NOTIFY_SLICES = 1024
+    RECLAIM_RETRIES = 16
+
+cdef enum:  # Role
+    ROLE_INFLATE = 0
+    ROLE_DEFLATE = 1
+    ROLE_STATS = 2
+    ROLE_HINTING = 3
+    ROLE_REPORTING = 4
+
+cdef enum:  # Fault
+    FAULT_NONE = 0
+    FAULT_AVAILABLE_AHEAD = 1
+    FAULT_HEAD_RANGE = 2
+    FAULT_NEXT_RANGE = 3
+    FAULT_LOOP = 4
+    FAULT_INDIRECT_UNNEGOTIATED = 5
+    FAULT_INDIRECT_NEXT = 6
+    FAULT_INDIRECT_SIZE = 7
+    FAULT_INDIRECT_NESTED = 8
+    FAULT_INDIRECT_ADDRESS = 9
+    FAULT_RING_ADDRESS = 10
+    FAULT_BUS_ERROR = 11
+    FAULT_PAYLOAD = 16
+    FAULT_DIRECTION = 17
+    FAULT_PARTIAL_PFN = 18
+    FAULT_OUTSIDE_MEMORY = 19

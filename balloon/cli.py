@@ -1,0 +1,201 @@
+"""The program: `balloon demo` and `balloon serve`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import balloon
+from balloon.demo import MIB, Moment, Story, run_driver_story, run_uml_story
+from balloon.device import Balloon
+from balloon.errors import BalloonError
+from balloon.memory import GuestMemory
+from balloon.serve import Server
+from balloon.testing.uml_files import UmlUnavailable
+
+SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes, or with K, M, G or T as binary multiples."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or 512M, 2G")
+    return int(match[1]) * SUFFIXES[match[2].upper()]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="balloon", description="The host side of the virtio memory balloon."
+    )
+    parser.add_argument("--version", action="version", version=f"balloon {balloon.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="show that a guest's free memory leaves the host")
+    demo.add_argument(
+        "--guest",
+        choices=("uml", "driver"),
+        help="a real Linux (User-mode Linux), or the driver of balloon.testing; default: uml if it is there",
+    )
+    demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+    serve = commands.add_parser("serve", help="be a vhost-user back-end")
+    serve.add_argument("--socket-path", metavar="PATH", help="listen on a UNIX socket here")
+    serve.add_argument(
+        "--fd", type=int, metavar="N", help="a socket that listens, or one that is connected (implies --once)"
+    )
+    serve.add_argument(
+        "--print-capabilities", action="store_true", help="print them as JSON and exit; ignores the rest"
+    )
+    serve.add_argument("--once", action="store_true", help="end when the first front-end goes away")
+    serve.add_argument("--json", action="store_true", help="print a JSON line for each event")
+    for name, default, text in (
+        ("reporting", True, "free page reporting"),
+        ("page-poison", True, "page poisoning, which lets more guests report"),
+        ("must-tell-host", True, "the guest asks before it takes pages back"),
+        ("deflate-on-oom", False, "the guest takes pages back before it kills a process"),
+    ):
+        serve.add_argument(
+            f"--{name}",
+            action=argparse.BooleanOptionalAction,
+            default=default,
+            help=f"offer: {text} (default: {'on' if default else 'off'})",
+        )
+    serve.add_argument(
+        "--target",
+        type=parse_size,
+        default=0,
+        metavar="SIZE",
+        help="what the balloon is to hold, taken from the guest: bytes, or 512M, 2G (default: 0)",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "demo":
+            return demo(options)
+        if options.print_capabilities:
+            print(json.dumps({"type": "balloon"}))
+            return 0
+        if (options.socket_path is None) == (options.fd is None):
+            parser.error("serve needs --socket-path=PATH or --fd=N, one of them")
+        return serve(options)
+    except (BalloonError, OSError) as error:
+        print(f"balloon: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until a signal, or until the one front-end there is to be went away."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="balloon: %(message)s")
+
+    def make_device(memory: GuestMemory) -> Balloon:
+        return Balloon(
+            memory,
+            reporting=options.reporting,
+            page_poison=options.page_poison,
+            must_tell_host=options.must_tell_host,
+            deflate_on_oom=options.deflate_on_oom,
+            target_bytes=options.target,
+        )
+
+    def tell(event: dict[str, Any]) -> None:
+        print(json.dumps(event), flush=True)
+
+    with GuestMemory() as nothing:
+        make_device(nothing)  # a target that cannot be is told now, and not at the first front-end
+
+    async def run() -> None:
+        server = Server(
+            options.socket_path,
+            fd=options.fd,
+            make_device=make_device,
+            once=options.once,
+            on_event=tell if options.json else None,
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.stop)
+        await server.run()
+
+    asyncio.run(run())
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Tell the story and print how it went; 0 only if the memory came back."""
+    quiet = options.json
+    width = 0
+
+    def show(moment: Moment) -> None:
+        nonlocal width
+        if quiet:
+            return
+        width = max(width, moment.held_bytes)
+        bar = "#" * round(40 * moment.held_bytes / width) if width else ""
+        held = f"host holds {moment.held_bytes / MIB:7.1f} MiB"
+        print(f"{moment.seconds:6.1f} s  {held}  {bar:<40}  {moment.what}", flush=True)
+
+    story: Story | None = None
+    note = ""
+    if options.guest != "driver":
+        try:
+            story = run_uml_story(show)
+        except UmlUnavailable as error:
+            if options.guest == "uml":
+                raise
+            note = f"no User-mode Linux here ({error}); the driver of balloon.testing stands in for a guest"
+            if not quiet:
+                print(note, flush=True)
+    if story is None:
+        story = run_driver_story(show)
+        if note:
+            story.notes.append(note)
+    if quiet:
+        about = asdict(story)
+        about |= {"returned_bytes": story.returned_bytes, "worked": story.worked, "verdict": story.verdict}
+        print(json.dumps(about))
+    else:
+        print_table(story)
+    return 0 if story.worked else 1
+
+
+def print_table(story: Story) -> None:
+    """What happened, as a table, and the verdict."""
+    rows = [
+        ("guest", story.guest),
+        ("guest RAM", f"{story.ram_bytes / MIB:.0f} MiB"),
+        ("host memory before", f"{story.before_bytes / MIB:.1f} MiB"),
+        ("host memory at its peak", f"{story.peak_bytes / MIB:.1f} MiB"),
+        ("host memory after", f"{story.after_bytes / MIB:.1f} MiB"),
+        ("freed by the guest", f"{story.freed_bytes / MIB:.1f} MiB"),
+        ("left the host", f"{story.returned_bytes / MIB:.1f} MiB"),
+        ("reported by the guest", f"{story.reported_bytes / MIB:.1f} MiB (over the whole run)"),
+        ("chains", str(story.chains)),
+        ("ranges, after merging", str(story.ranges)),
+        ("system calls", str(story.system_calls)),
+        ("time from free to last drop", f"{story.seconds:.2f} s"),
+        ("reclaim method", ", ".join(story.methods)),
+    ]
+    print()
+    for name, value in rows:
+        print(f"  {name:<28} {value}")
+    for note in story.notes:
+        print(f"  {'note':<28} {note}")
+    print()
+    print(story.verdict)

@@ -1,0 +1,191 @@
+"""The program: conventions of a vhost-user back-end, and the demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from balloon import cli, demo
+from balloon.testing.uml_files import UmlUnavailable
+
+BALLOON = [sys.executable, "-m", "balloon"]
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*BALLOON, *arguments], capture_output=True, text=True, timeout=60, check=False, **options
+    )  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("4096", 4096), ("512M", 512 << 20), ("2g", 2 << 30), ("1 KiB", 1024), ("3TB", 3 << 40)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert cli.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "M", "1.5G", "1P", "0x10", "1 M M"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+        cli.parse_size(text)
+
+
+def test_print_capabilities_ignores_other_options() -> None:
+    for more in ((), ("--socket-path=/nowhere/at/all", "--fd=77", "--target=1M")):
+        done = run("serve", "--print-capabilities", *more)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout) == {"type": "balloon"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("serve",), "serve needs --socket-path=PATH or --fd=N, one of them"),
+        (("serve", "--socket-path=/tmp/x", "--fd=0"), "one of them"),
+        (("serve", "--socket-path=/nowhere/at/all"), "/nowhere/at/all"),
+        (("serve", "--fd=99"), "99"),
+        (("serve", "--socket-path=/tmp/x", "--target=5"), "multiple of 4096"),
+        (("serve", "--socket-path=/tmp/x", "--target=much"), "is no size"),
+    ],
+)
+def test_what_cannot_start_says_so_in_a_line(arguments: tuple[str, ...], said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode not in (0, None)
+    assert done.stdout == ""
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_fd_that_is_no_socket_is_refused() -> None:
+    with open("/dev/null") as null:
+        done = run("serve", f"--fd={null.fileno()}", pass_fds=[null.fileno()])
+    assert done.returncode == 1
+    assert "socket" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def wait_for_socket(path: Path) -> None:
+    until = time.monotonic() + 20
+    while True:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            else:
+                return
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_ends_cleanly_on_a_signal(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "s"
+    process = subprocess.Popen(
+        [*BALLOON, "serve", f"--socket-path={path}"], stderr=subprocess.PIPE, text=True
+    )
+    wait_for_socket(path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert not path.exists()
+
+
+def test_a_path_in_use_is_refused_and_a_stale_one_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))  # nobody listens there
+    first = subprocess.Popen([*BALLOON, "serve", f"--socket-path={path}"], stderr=subprocess.DEVNULL)
+    try:
+        wait_for_socket(path)
+        second = run("serve", f"--socket-path={path}")
+        assert second.returncode == 1
+        assert "in use" in second.stderr
+        assert first.poll() is None
+    finally:
+        first.terminate()
+        assert first.wait(20) == 0
+
+
+def test_once_ends_after_the_first_front_end(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    process = subprocess.Popen(
+        [*BALLOON, "serve", f"--socket-path={path}", "--once"], stderr=subprocess.DEVNULL
+    )
+    wait_for_socket(path)  # connects and hangs up
+    assert process.wait(20) == 0
+
+
+def test_fd_connected_implies_once() -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            process = subprocess.Popen(
+                [*BALLOON, "serve", f"--fd={theirs.fileno()}"], pass_fds=[theirs.fileno()]
+            )
+        ours.sendall(b"\x01\0\0\0\x01\0\0\0\0\0\0\0")  # GET_FEATURES
+        ours.settimeout(20)
+        assert len(ours.recv(64)) == 20
+    assert process.wait(20) == 0
+
+
+def test_demo_with_the_driver_as_json() -> None:
+    done = run("demo", "--guest=driver", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    story = json.loads(done.stdout)
+    assert story["worked"] is True
+    assert story["returned_bytes"] >= 0.9 * story["freed_bytes"] > 0
+    assert story["reported_bytes"] == story["freed_bytes"] == 224 << 20
+    assert story["methods"] == ["punch"]
+
+
+def test_demo_falls_back_to_the_driver_and_says_why(tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": "", "BALLOON_GUEST_CACHE": str(tmp_path / "none")}
+    program = (
+        "import sys, balloon.cli as cli\n"
+        "from balloon.testing.uml_files import UmlUnavailable\n"
+        "def none(show): raise UmlUnavailable('there is no kernel in this test')\n"
+        "cli.run_uml_story = none\n"
+        "sys.exit(cli.main(['demo']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stdout.count("there is no kernel in this test") == 2
+    assert done.stdout.splitlines()[-1].startswith("OK: ")
+
+
+def test_demo_fails_when_too_little_came_back() -> None:
+    story = demo.Story("guest", 1 << 30, peak_bytes=500 << 20, after_bytes=60 << 20, freed_bytes=500 << 20)
+    assert not story.worked
+    assert story.verdict.startswith("FAILED: the guest freed 500 MiB and 440 MiB left the host (88.0 %")
+    story.after_bytes = 50 << 20
+    assert story.worked
+
+
+def test_demo_takes_a_smaller_guest_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def room(need: int) -> tuple[Path, str]:
+        if need > 600 << 20:
+            raise UmlUnavailable("only 600 MiB")
+        return Path("/somewhere"), "somewhere has room"
+
+    monkeypatch.setattr(demo, "choose_memory_folder", room)
+    ram, dirty, folder, notes = demo.choose_guest()
+    assert (ram, dirty, folder) == (512 << 20, 300 << 20, Path("/somewhere"))
+    assert notes == ["no guest of 1024 MiB: only 600 MiB", "somewhere has room"]

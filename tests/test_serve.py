@@ -1,0 +1,940 @@
+"""The server against a front-end, over real sockets, with real memory and the real worker.
+
+Whatever a front-end sends or does: the server lives, other front-ends are served, and every fd is closed.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import queue
+import random
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balloon import serve, sockets
+from balloon.device import Balloon
+from balloon.errors import ConfigError, StateError
+from balloon.serve import Server
+from balloon.spec import Feature, Status
+from balloon.testing import wire
+from balloon.testing.faults import real_fallocate, system_calls
+from balloon.testing.frontend import FrontEnd
+from balloon.testing.wire import PeerGoneError, RefusedError
+from balloon.vhost_user.messages import Request
+
+MIB = 1 << 20
+QEMU = {"guest_address": 0, "user_address": 0x7F12_0000_0000, "mmap_offset": 0}
+
+
+class Running:
+    """A server in a thread of its own."""
+
+    def __init__(self, make: Callable[[Callable[[Any], None]], Server], *, connected: bool = False) -> None:
+        self.events: queue.Queue[Any] = queue.Queue()
+        self.seen: list[Any] = []
+        self.failure: BaseException | None = None
+        self._ready = threading.Event()
+        self._make = make
+        self.thread = threading.Thread(target=self._run, name="server")
+        self.thread.start()
+        assert self._ready.wait(10)
+        if not connected and self.failure is None:
+            self.wait("listening")
+
+    def _run(self) -> None:
+        async def main() -> None:
+            self.loop = asyncio.get_running_loop()
+            self.server = self._make(self.events.put)
+            task = asyncio.ensure_future(self.server.run())
+            self.loop.call_soon(self._ready.set)
+            await task
+
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            self.failure = error
+            self._ready.set()
+
+    def wait(self, event: str, timeout: float = 10) -> Any:
+        """Return the next event of this kind; what comes before it is kept in `seen`."""
+        while True:
+            found = self.events.get(timeout=timeout)
+            self.seen.append(found)
+            if found["event"] == event:
+                return found
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function in the server's thread."""
+
+        async def inside() -> Any:
+            return function(*arguments)
+
+        return asyncio.run_coroutine_threadsafe(inside(), self.loop).result(10)
+
+    def stop(self) -> None:
+        if self.thread.is_alive():
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self.server.stop)
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "s"
+
+
+@pytest.fixture
+def run(path: Path) -> Iterator[Callable[..., Running]]:
+    """Start servers; each is stopped at the end, and no fd may be left."""
+    gc.collect()
+    before = open_fds()
+    started: list[Running] = []
+
+    def start(**options: Any) -> Running:
+        where = {} if "fd" in options else {"path": path}
+        connected = options.pop("connected", False)
+        running = Running(lambda put: Server(**where, on_event=put, **options), connected=connected)
+        started.append(running)
+        return running
+
+    yield start
+    for one in started:
+        one.stop()
+    gc.collect()
+    assert open_fds() == before
+
+
+@pytest.fixture
+def running(run: Callable[..., Running]) -> Running:
+    return run()
+
+
+def open_fds() -> dict[int, str]:
+    """What is open in this process: number and target."""
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+    return {fd: what for fd, what in found.items() if not what.startswith("/proc/")}
+
+
+def held_bytes(front_end: FrontEnd) -> int:
+    return os.fstat(front_end.memory_fd).st_blocks * 512
+
+
+def fill(front_end: FrontEnd, offset: int, size: int) -> None:
+    front_end.memory[offset : offset + size] = b"x" * size
+
+
+def report(front_end: FrontEnd, ring: Any, index: int, offset: int, size: int) -> None:
+    """Report one free range and wait until it was used."""
+    ring.ask_for_call()
+    head = ring.post([(front_end.guest_address + offset, size, True)])
+    front_end.kick(index)
+    front_end.wait_call(index)
+    assert ring.take_used() == [head]
+
+
+def check_reporting(front_end: FrontEnd, *, index: int = 2) -> None:
+    """Report memory that is held, and see that it is held no more."""
+    ring = front_end.driver_queue(index)
+    fill(front_end, 32 * MIB, 8 * MIB)
+    held = held_bytes(front_end)
+    report(front_end, ring, index, 32 * MIB, 8 * MIB)
+    assert held - held_bytes(front_end) == 8 * MIB
+
+
+# Whole lives.
+
+
+@pytest.mark.parametrize("drop", [0, Feature.PAGE_POISON])
+def test_user_mode_linux_from_boot_to_power_off(running: Running, path: Path, drop: int) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=drop)
+        if not drop:
+            front_end.write_config_like_uml(12, 0)  # poison_val: this guest poisons with zeros
+        check_reporting(front_end)
+        assert running.wait("started")["features"] == front_end.features & ~(1 << 30)
+        for _ in range(3):
+            front_end.rmmod_like_uml()
+            front_end.insmod_like_uml()
+            if not drop:
+                front_end.write_config_like_uml(12, 0)
+            check_reporting(front_end)
+        front_end.rmmod_like_uml()
+    gone = running.wait("disconnected")
+    assert gone["counters"]["reported_bytes"] == 4 * 8 * MIB
+    assert gone["counters"]["advised_bytes"] == 4 * 8 * MIB
+    assert [region["method"] for region in gone["regions"]] == ["punch"]
+    assert gone["reason"] == "the front-end closed the connection"
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_qemu_from_start_to_reset_and_start(running: Running, path: Path, slots: bool) -> None:
+    features = (1 << 64) - 1 if slots else ~wire.SLOTS & ((1 << 64) - 1)
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.boot_like_qemu(protocol_features=features)
+        front_end.write_config_like_qemu(bytes(16))  # before SET_FEATURES
+        front_end.insmod_like_qemu()
+        check_reporting(front_end)
+        assert front_end.stop_like_qemu() == [0, 0, 1]
+        front_end.insmod_like_qemu(drop=Feature.PAGE_POISON)
+        check_reporting(front_end)
+        assert front_end.read_config_like_qemu() == bytes(16)
+
+
+def test_inflate_takes_the_pages_and_a_new_target_is_told(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path, memory_bytes=16 * MIB) as front_end:
+        front_end.start_like_uml()
+        assert running.call(running.server.set_target, 4 * MIB) == 1
+        front_end.wait_config_change()
+        assert front_end.read_config_like_uml(0) == 1024
+        ring = front_end.driver_queue(0)
+        fill(front_end, 8 * MIB, 4 * MIB)
+        fill(front_end, MIB, 1024)  # where the numbers go
+        held = held_bytes(front_end)
+        first = (front_end.guest_address + 8 * MIB) // 4096
+        pages = struct.pack("<1024I", *range(first + 1023, first - 1, -1))
+        for part in range(4):
+            front_end.memory[MIB : MIB + 1024] = pages[part * 1024 : part * 1024 + 1024]
+            ring.ask_for_call()
+            ring.post([(front_end.guest_address + MIB, 1024, False)])
+            front_end.kick(0)
+            front_end.wait_call(0)
+            assert len(ring.take_used()) == 1
+        assert held - held_bytes(front_end) == 4 * MIB
+        front_end.write_config_like_uml(4, 1024)
+        (session,) = running.server.sessions
+        assert running.call(session.describe)["actual_bytes"] == 4 * MIB
+
+
+def test_target_set_before_the_driver_is_up_is_told_at_its_start(
+    run: Callable[..., Running], path: Path
+) -> None:
+    running = run(make_device=partial(Balloon, target_bytes=MIB))
+    with FrontEnd.connect(path) as front_end:
+        front_end.boot_like_uml()
+        running.wait("connected")
+        assert running.call(running.server.set_target, 2 * MIB) == 1
+        assert not front_end.has_config_change()
+        front_end.insmod_like_uml()
+        assert front_end.read_config_like_uml(0) == 512
+
+
+def test_target_is_not_deliverable_without_a_channel(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.start_like_qemu(protocol_features=((1 << 64) - 1) & ~wire.BACKEND_REQ)
+        assert running.call(running.server.set_target, MIB) == 0
+        with pytest.raises(ConfigError):
+            running.call(running.server.set_target, 1)
+
+
+# The pitfalls that take fds and a worker.
+
+
+def test_pitfall_05_call_fd_is_a_stream_socket_and_gets_eight_bytes_each(
+    running: Running, path: Path
+) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        ring = front_end.driver_queue(2)
+        for number in range(5):
+            report(front_end, ring, 2, 32 * MIB + number * MIB, MIB)
+        with socket.socket(fileno=os.dup(front_end.rings[2].call_fd)) as call:
+            call.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                call.recv(1)
+
+
+def test_pitfall_05_call_fd_that_nobody_reads_holds_nobody(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        near, far = socket.socketpair()
+        with near, far:
+            far.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    far.send(bytes(4096))
+            far.setblocking(True)
+            front_end.demand(Request.SET_VRING_CALL, struct.pack("=Q", 2), [far.fileno()])
+            ring = front_end.driver_queue(2)
+            ring.ask_for_call()
+            ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
+            front_end.kick(2)
+            wait_until(lambda: ring.take_used() != [])
+        full = os.eventfd(0, os.EFD_CLOEXEC)
+        os.eventfd_write(full, (1 << 64) - 2)  # the next write would wait for a reader
+        front_end.demand(Request.SET_VRING_CALL, struct.pack("=Q", 2), [full])
+        os.close(full)
+        ring.ask_for_call()
+        ring.post([(front_end.guest_address + 33 * MIB, MIB, True)])
+        front_end.kick(2)
+        wait_until(lambda: ring.take_used() != [])
+        front_end.ask_u64(Request.GET_FEATURES)
+
+
+class HeldDiscard:
+    """Holds the kernel's answer to the first discard until it is let go."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.leave = threading.Event()
+        self.calls = 0
+
+    def __call__(self, fd: int, mode: int, offset: int, length: int) -> int:
+        self.calls += 1
+        self.entered.set()
+        assert self.leave.wait(10)
+        return real_fallocate(fd, mode, offset, length)
+
+
+def test_pitfall_10_questions_are_answered_while_a_discard_runs(running: Running, path: Path) -> None:
+    held = HeldDiscard()
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        ring = front_end.driver_queue(2)
+        with system_calls(fallocate=held):
+            ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
+            front_end.kick(2)
+            assert held.entered.wait(10)
+            front_end.ask_u64(Request.GET_FEATURES)
+            assert front_end.read_config_like_uml(0) == 0
+            front_end.write_config_like_uml(4, 0)
+            front_end.demand(Request.SET_VRING_CALL, struct.pack("=Q", 1), [front_end.rings[1].kick_fd])
+            assert ring.take_used() == []  # all the time
+            held.leave.set()
+            wait_until(lambda: ring.take_used() != [])
+
+
+def test_pitfall_13_disable_is_answered_after_the_discard_under_way(running: Running, path: Path) -> None:
+    held = HeldDiscard()
+    with FrontEnd.connect(path) as front_end, FrontEnd.connect(path) as other:
+        front_end.start_like_uml()
+        front_end.write_config_like_uml(12, 0)
+        other.boot_like_uml()
+        ring = front_end.driver_queue(2)
+        with system_calls(fallocate=held):
+            # Two runs, and a gap between them that no merging closes: the second is in the same slice.
+            ring.post([(front_end.guest_address + offset * MIB, MIB, True) for offset in (32, 34)])
+            front_end.kick(2)
+            assert held.entered.wait(10)
+            front_end.send(Request.SET_VRING_ENABLE, struct.pack("=II", 2, 0), (), 9)
+            other.ask_u64(Request.GET_FEATURES)  # another connection is served meanwhile
+            assert not select.select([front_end.socket], [], [], 0.1)[0]
+            assert ring.take_used() == []
+            held.leave.set()
+            assert front_end.read_reply(Request.SET_VRING_ENABLE) == bytes(8)
+        assert len(ring.take_used()) == 1  # every popped head is used
+        calls = held.calls
+        ring.post([(front_end.guest_address + 40 * MIB, MIB, True)])
+        front_end.kick(2)  # remembered, not served
+        front_end.ask_u64(Request.GET_FEATURES)
+        time.sleep(0.02)
+        assert ring.take_used() == []
+        assert held.calls == calls
+        front_end.demand(Request.SET_VRING_ENABLE, struct.pack("=II", 2, 1))
+        wait_until(lambda: ring.take_used() != [])
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 10) -> None:
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+# Several front-ends.
+
+
+def test_stale_connection_does_not_block_the_next(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path), FrontEnd.connect(path) as half, FrontEnd.connect(path) as third:
+        half.send_raw(struct.pack("=II", 1, 1))  # and never a third word
+        third.start_like_uml(drop=Feature.PAGE_POISON)
+        check_reporting(third)
+        assert len(running.server.sessions) == 3
+
+
+def test_two_guests_at_once(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path) as one, FrontEnd.connect(path, **QEMU) as two:
+        one.start_like_uml(drop=Feature.PAGE_POISON)
+        two.start_like_qemu(drop=Feature.PAGE_POISON)
+        for _ in range(3):
+            check_reporting(one)
+            check_reporting(two)
+    numbers = [running.wait("disconnected")["counters"]["reported_bytes"] for _ in range(2)]
+    assert numbers == [24 * MIB, 24 * MIB]
+
+
+def test_front_end_that_sends_without_end_does_not_block_another(running: Running, path: Path) -> None:
+    stop = threading.Event()
+
+    def flood(front_end: FrontEnd) -> None:
+        with contextlib.suppress(PeerGoneError, OSError):
+            while not stop.is_set():
+                for _ in range(64):
+                    front_end.send(Request.SET_OWNER)
+
+    with FrontEnd.connect(path) as noisy, FrontEnd.connect(path) as quiet:
+        thread = threading.Thread(target=flood, args=(noisy,))
+        thread.start()
+        try:
+            quiet.start_like_uml(drop=Feature.PAGE_POISON)
+            check_reporting(quiet)
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_there_is_a_limit_to_front_ends(run: Callable[..., Running], path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(serve, "SESSIONS_MAX", 2)
+    run()
+    with FrontEnd.connect(path) as one, FrontEnd.connect(path) as two:
+        for front_end in (one, two):
+            front_end.ask_u64(Request.GET_FEATURES)
+        with FrontEnd.connect(path) as three:
+            assert three.is_gone()
+        one.ask_u64(Request.GET_FEATURES)
+
+
+# What a front-end can do wrong.
+
+
+def refuse(running: Running, front_end: FrontEnd, reason: str, caplog: Any) -> None:
+    """Check that the connection ends with one line in the log, and that the server goes on."""
+    with contextlib.suppress(PeerGoneError, RefusedError):
+        while not front_end.is_gone():
+            pass
+    gone = running.wait("disconnected")
+    assert reason in gone["reason"]
+    wait_until(lambda: any(reason in record.getMessage() for record in caplog.records))
+    assert len([one for one in caplog.records if one.name == "balloon.serve"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (struct.pack("=III", 1, 1, 5000), "5000 bytes, the longest may have 4096"),
+        (struct.pack("=III", 1, 0, 0), "protocol version 0"),
+        (struct.pack("=III", 1, 5, 0), "flags 0x5"),
+        (struct.pack("=III", 99, 1, 0), "request 99 was not offered"),
+        (struct.pack("=III", 6, 1, 16) + bytes(16), "SET_LOG_BASE was not offered"),
+        (struct.pack("=III", 28, 1, 0), "POSTCOPY_ADVISE was not offered"),
+        (struct.pack("=III", 31, 1, 24) + bytes(24), "GET_INFLIGHT_FD was not offered"),
+        (struct.pack("=III", 22, 1, 32) + bytes(32), "IOTLB_MSG was not offered"),
+        (struct.pack("=III", 2, 1, 4) + bytes(4), "SET_FEATURES: payload of 4 bytes, not 8"),
+        (struct.pack("=III", 24, 1, 16) + bytes(16), "without protocol feature CONFIG"),
+        (struct.pack("=III", 12, 1, 8) + bytes(8), "0 fds for ring 0, not 1"),
+    ],
+)
+def test_broken_protocol_costs_the_connection(
+    running: Running, path: Path, caplog: Any, data: bytes, reason: str
+) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.send_raw(data)
+        refuse(running, front_end, reason, caplog)
+    with FrontEnd.connect(path) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+
+
+@pytest.mark.parametrize("count", [2, 32, 33, 64])
+def test_surplus_fds_cost_the_connection_and_are_closed(
+    running: Running, path: Path, caplog: Any, count: int
+) -> None:
+    with FrontEnd.connect(path) as front_end:
+        fds = [os.dup(front_end.memory_fd) for _ in range(count)]
+        front_end.send(Request.SET_VRING_KICK, struct.pack("=Q", 0), fds)
+        sockets.close_fds(fds)
+        refuse(running, front_end, "fds", caplog)
+
+
+def test_last_message_with_need_reply_is_answered_before_the_end(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.boot_like_uml()
+        assert front_end.acknowledged(Request.SET_VRING_NUM, struct.pack("=II", 0, 3)) == 1
+        assert front_end.is_gone()
+
+
+def test_fds_of_two_messages_in_one_write_do_not_mix(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.boot_like_uml()
+        (session,) = running.server.sessions
+        calls = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(3)]
+        one = struct.pack("=IIIQ", Request.SET_VRING_CALL, 9, 8, 0)
+        two = struct.pack("=IIIQ", Request.SET_VRING_CALL, 9, 8, 0x101)
+        # The fds belong to the first byte of what is written together: the second message has none.
+        front_end.send_raw(one + two, calls[:1])
+        assert front_end.read_reply(Request.SET_VRING_CALL) == bytes(8)
+        assert front_end.read_reply(Request.SET_VRING_CALL) == bytes(8)
+        front_end.send_raw(struct.pack("=IIIQ", Request.SET_VRING_CALL, 9, 8, 1), calls[1:2])
+        front_end.send_raw(struct.pack("=IIIQ", Request.SET_VRING_CALL, 9, 8, 2), calls[2:3])
+        for _ in range(2):
+            assert front_end.read_reply(Request.SET_VRING_CALL) == bytes(8)
+        kept = running.call(lambda: [ring.call for ring in session._rings[:3]])
+        assert [os.path.sameopenfile(fd, call) for fd, call in zip(kept, calls, strict=True)] == [True] * 3
+        sockets.close_fds(calls)
+
+
+def test_front_end_that_leaves_its_answers_unread_is_hung_up_on(
+    running: Running, path: Path, caplog: Any
+) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with contextlib.suppress(PeerGoneError, TimeoutError):
+            for _ in range(200_000):
+                front_end.send(Request.GET_FEATURES)
+        refuse(running, front_end, "answers were left unread", caplog)
+
+
+def test_answers_that_are_read_late_all_come(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path) as front_end:
+        # More than the socket of the back-end holds, less than what it keeps beside it.
+        count = 0
+        while count < 3000:
+            front_end.send(Request.GET_QUEUE_NUM)
+            count += 1
+        for _ in range(count):
+            assert front_end.read_reply(Request.GET_QUEUE_NUM) == struct.pack("=Q", 5)
+
+
+def test_memory_that_cannot_be_mapped(running: Running, path: Path, caplog: Any) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        os.ftruncate(front_end.memory_fd, front_end.mmap_offset + front_end.memory_bytes - 4096)
+        table = front_end.memory_table()
+        assert front_end.acknowledged(Request.SET_MEM_TABLE, table, [front_end.memory_fd]) == 1
+        (record,) = caplog.records
+        assert "SET_MEM_TABLE refused" in record.getMessage()
+        assert "reaches to byte" in record.getMessage()
+        caplog.clear()
+        os.ftruncate(front_end.memory_fd, front_end.mmap_offset + front_end.memory_bytes)
+        check_reporting(front_end)  # the old table is in force, the rings run
+        os.ftruncate(front_end.memory_fd, front_end.mmap_offset + front_end.memory_bytes - 4096)
+        front_end.send(Request.SET_MEM_TABLE, table, [front_end.memory_fd])
+        refuse(running, front_end, "reaches to byte", caplog)
+
+
+@pytest.mark.parametrize("what", ["file", "directory", "path only"])
+def test_fds_that_are_not_what_they_should_be(
+    running: Running, path: Path, tmp_path: Path, what: str
+) -> None:
+    flags = {"file": os.O_RDWR | os.O_CREAT, "directory": os.O_RDONLY, "path only": os.O_PATH}[what]
+    fd = os.open(tmp_path if what != "file" else tmp_path / "file", flags)
+    try:
+        for request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR):
+            with FrontEnd.connect(path) as front_end, contextlib.suppress(PeerGoneError, RefusedError):
+                front_end.start_like_uml(drop=Feature.PAGE_POISON)
+                front_end.acknowledged(request, struct.pack("=Q", 2), [fd])
+                ring = front_end.driver_queue(2)
+                ring.post([(front_end.guest_address, 4096, True)])
+                front_end.kick(2)
+                front_end.ask_u64(Request.GET_FEATURES)
+        with FrontEnd.connect(path) as front_end:
+            front_end.send(Request.SET_PROTOCOL_FEATURES, struct.pack("=Q", wire.BACKEND_REQ))
+            front_end.send(Request.SET_BACKEND_REQ_FD, b"", [fd])
+            assert front_end.is_gone()
+        with FrontEnd.connect(path) as front_end:
+            front_end.boot_like_uml()
+            assert front_end.acknowledged(Request.SET_MEM_TABLE, front_end.memory_table(), [fd]) == 1
+    finally:
+        os.close(fd)
+    assert running.thread.is_alive()
+    assert not any("internal error" in one.get("reason", "") for one in running.seen)
+
+
+def test_channel_that_nobody_reads_gets_one_message_for_many_changes(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml()
+        near, far = socket.socketpair()
+        with near, far:
+            far.setblocking(False)
+            sent = 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sent += far.send(bytes(12))
+            front_end.demand(Request.SET_BACKEND_REQ_FD, b"", [far.fileno()])
+            for number in range(1, 50):
+                running.call(running.server.set_target, number * MIB)
+            front_end.ask_u64(Request.GET_FEATURES)
+            near.settimeout(10)
+            while sent:
+                sent -= len(near.recv(min(sent, 65536)))
+            assert near.recv(12, socket.MSG_WAITALL) == struct.pack("=III", 2, 1, 0)
+            time.sleep(0.05)
+            near.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                near.recv(1)
+
+
+# Faults of a guest.
+
+
+def corrupt(ring: Any) -> None:
+    for _ in range(ring.size + 1):
+        ring.make_available(0)
+
+
+def test_corrupt_ring_is_stopped_and_everybody_is_told(running: Running, path: Path, caplog: Any) -> None:
+    with FrontEnd.connect(path, **QEMU) as front_end, FrontEnd.connect(path) as other:
+        front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        other.start_like_uml(drop=Feature.PAGE_POISON)
+        corrupt(front_end.driver_queue(0))
+        front_end.kick(0)
+        front_end.wait_err(0)
+        front_end.wait_config_change()
+        assert front_end.ask_u64(Request.GET_STATUS) & Status.NEEDS_RESET
+        assert "ring 0 is stopped, the device needs a reset: the available index ran ahead" in caplog.text
+        check_reporting(other)
+        front_end.stop_like_qemu()
+        front_end.insmod_like_qemu(drop=Feature.PAGE_POISON)
+        assert not front_end.ask_u64(Request.GET_STATUS) & Status.NEEDS_RESET
+        check_reporting(front_end)
+
+
+def test_truncated_memory_costs_its_own_device_only(running: Running, path: Path, caplog: Any) -> None:
+    with FrontEnd.connect(path, **QEMU) as front_end, FrontEnd.connect(path) as other:
+        front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        other.start_like_uml(drop=Feature.PAGE_POISON)
+        os.ftruncate(front_end.memory_fd, 0)
+        front_end.kick(2)
+        front_end.wait_err(2)
+        assert "SIGBUS" in caplog.text
+        check_reporting(other)
+    for _ in range(2):
+        running.wait("disconnected")
+
+
+@pytest.mark.xfail(reason="SplitRing reads the used index unguarded", strict=False)
+def test_memory_truncated_before_a_ring_starts_does_not_end_the_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TRUNCATE_FIRST)
+    ended = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "s")], timeout=60, capture_output=True
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+
+
+TRUNCATE_FIRST = """
+import asyncio, os, struct, sys, threading
+from balloon.serve import Server
+from balloon.testing.frontend import FrontEnd
+
+def attack(path, loop, server):
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml()
+        front_end.demand(18, front_end.state(0, 0))
+        os.ftruncate(front_end.memory_fd, 0)
+        front_end.acknowledged(18, front_end.state(0, 1))
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml()
+    loop.call_soon_threadsafe(server.stop)
+
+async def main(path):
+    server = Server(path)
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(server.run())
+    await asyncio.sleep(0.1)
+    threading.Thread(target=attack, args=(path, loop, server)).start()
+    await task
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+def test_guest_that_fails_without_end_does_not_fill_the_log(
+    running: Running, path: Path, caplog: Any
+) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml()
+        for _ in range(100):
+            assert (
+                front_end.acknowledged(Request.SET_MEM_TABLE, struct.pack("=IIQQQQ", 1, 0, 1, 1, 1, 1), [0])
+                == 1
+            )
+    assert running.wait("disconnected")
+    assert len(caplog.records) == serve.WARNINGS_MAX
+
+
+def test_err_fd_that_is_full_holds_nobody(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        full = os.eventfd(0, os.EFD_CLOEXEC)
+        os.eventfd_write(full, (1 << 64) - 2)
+        front_end.demand(Request.SET_VRING_ERR, struct.pack("=Q", 0), [full])
+        corrupt(front_end.driver_queue(0))
+        front_end.kick(0)
+        front_end.wait_config_change()
+        front_end.ask_u64(Request.GET_FEATURES)
+        os.close(full)
+
+
+def test_kernel_that_refuses_is_looked_into_once(running: Running, path: Path) -> None:
+    def refuse_all(fd: int, mode: int, offset: int, length: int) -> int:
+        ctypes.set_errno(1)
+        return -1
+
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        with system_calls(fallocate=refuse_all):
+            report(front_end, front_end.driver_queue(2), 2, 32 * MIB, MIB)
+        (session,) = running.server.sessions
+        wait_until(lambda: running.call(session.describe)["regions"][0]["reason"] != "")
+        assert running.call(session.describe)["regions"][0]["method"] == "none"
+
+
+# The server's own life.
+
+
+def test_events_tell_the_story(run: Callable[..., Running], path: Path) -> None:
+    running = run(once=True)
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+    running.thread.join(10)
+    while not running.events.empty():
+        running.seen.append(running.events.get())
+    assert [one["event"] for one in running.seen] == ["listening", "connected", "started", "disconnected"]
+    listening, connected, started, gone = running.seen
+    assert listening["path"] == str(path)
+    assert connected == {"event": "connected", "session": 1, "pid": os.getpid()}
+    assert started["session"] == gone["session"] == 1
+    assert gone["regions"][0]["size"] == 64 * MIB
+    assert set(gone) == {
+        "event", "session", "reason", "counters", "actual_bytes", "target_bytes", "regions",
+    }  # fmt: skip
+
+
+def test_once_ends_after_the_first_front_end(run: Callable[..., Running], path: Path) -> None:
+    running = run(once=True)
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml()
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+    assert not path.exists()
+
+
+def test_stop_hangs_up_and_removes_the_socket(run: Callable[..., Running], path: Path) -> None:
+    running = run()
+    with FrontEnd.connect(path) as front_end, FrontEnd.connect(path) as idle:
+        front_end.start_like_uml()
+        assert path.exists()
+        running.stop()
+        assert front_end.is_gone()
+        assert idle.is_gone()
+        assert not path.exists()
+
+
+def test_stop_waits_for_a_discard(run: Callable[..., Running], path: Path) -> None:
+    running = run()
+    held = HeldDiscard()
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        ring = front_end.driver_queue(2)
+        with system_calls(fallocate=held):
+            ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
+            front_end.kick(2)
+            assert held.entered.wait(10)
+            running.loop.call_soon_threadsafe(running.server.stop)
+            running.thread.join(0.1)
+            assert running.thread.is_alive()
+            held.leave.set()
+            running.stop()
+
+
+def test_connected_fd_is_served_until_it_ends(run: Callable[..., Running]) -> None:
+    near, far = socket.socketpair()
+    running = run(fd=far.detach(), connected=True)
+    with FrontEnd(near) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        check_reporting(front_end)
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+
+
+def test_listening_fd_is_served(run: Callable[..., Running], tmp_path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "given"))
+    listener.listen()
+    run(fd=listener.detach())
+    for _ in range(2):
+        with FrontEnd.connect(tmp_path / "given") as front_end:
+            front_end.ask_u64(Request.GET_FEATURES)
+    assert (tmp_path / "given").exists()  # not ours to remove
+
+
+def test_stale_socket_is_replaced(run: Callable[..., Running], path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stale:
+        stale.bind(str(path))
+        stale.listen()
+    assert path.exists()
+    run()
+    with FrontEnd.connect(path) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+
+
+def test_live_socket_is_an_error(running: Running, path: Path) -> None:
+    with pytest.raises(ConfigError, match="already in use"):
+        asyncio.run(Server(path).run())
+    with FrontEnd.connect(path) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+
+
+def test_socket_of_somebody_else_is_not_removed(run: Callable[..., Running], path: Path) -> None:
+    running = run()
+    path.unlink()
+    path.write_text("another one's")
+    running.stop()
+    assert path.read_text() == "another one's"
+
+
+def test_server_runs_once(path: Path) -> None:
+    async def twice() -> None:
+        server = Server(path)
+        server.stop()
+        await server.run()
+        with pytest.raises(StateError, match="runs once"):
+            await server.run()
+
+    asyncio.run(twice())
+
+
+def test_fd_or_path(path: Path) -> None:
+    with pytest.raises(ConfigError, match="either"):
+        Server()
+    with pytest.raises(ConfigError, match="either"):
+        Server(path, fd=0)
+    with pytest.raises(ConfigError, match="is no socket"), open("/dev/null") as file:
+        Server(fd=file.fileno())
+
+
+def test_device_that_cannot_be_made_costs_the_connection(run: Callable[..., Running], path: Path) -> None:
+    run(make_device=partial(Balloon, target_bytes=1))
+    for _ in range(2):
+        with FrontEnd.connect(path) as front_end:
+            assert front_end.is_gone()
+
+
+def test_listener_of_events_that_fails_harms_nobody(path: Path) -> None:
+    def fail(event: Any) -> None:
+        raise RuntimeError("no room")
+
+    server = Server(path, on_event=fail)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(server.run())
+        await asyncio.sleep(0.05)
+
+        def front() -> None:
+            with FrontEnd.connect(path) as front_end:
+                front_end.start_like_uml(drop=Feature.PAGE_POISON)
+                check_reporting(front_end)
+
+        await asyncio.to_thread(front)
+        server.stop()
+        await task
+
+    asyncio.run(main())
+
+
+# Whatever comes.
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: Any) -> Iterator[tuple[Path, Running]]:
+    where = tmp_path_factory.mktemp("fuzz") / "s"
+    running = Running(lambda put: Server(where, on_event=put))
+    yield where, running
+    running.stop()
+
+
+STARTS = st.sampled_from(["nothing", "boot", "uml", "qemu"])
+REQUESTS = st.one_of(st.sampled_from(sorted(Request)), st.integers(0, 1 << 32))
+CHUNKS = st.one_of(
+    st.binary(max_size=40),
+    st.builds(
+        lambda request, flags, payload, slip: (
+            struct.pack("=III", request & 0xFFFFFFFF, flags, max(0, len(payload) + slip)) + payload
+        ),
+        REQUESTS,
+        st.sampled_from([1, 9]),
+        st.one_of(st.binary(max_size=48), st.integers(0, 6).map(lambda index: struct.pack("=Q", index))),
+        st.sampled_from([0, 0, 0, 0, 0, 0, 1, -1, 5000]),
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    start=STARTS,
+    chunks=st.lists(st.tuples(CHUNKS, st.integers(0, 40)), max_size=8),
+    seed=st.integers(0, 1000),
+)
+def test_whatever_comes_the_server_lives_and_every_fd_is_closed(
+    target: tuple[Path, Running], start: str, chunks: list[tuple[bytes, int]], seed: int
+) -> None:
+    path, running = target
+    dice = random.Random(seed)
+    gc.collect()
+    before = open_fds()
+    with FrontEnd.connect(path, memory_bytes=MIB) as front_end:
+        if start == "boot":
+            front_end.boot_like_uml()
+        elif start == "uml":
+            front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        elif start == "qemu":
+            front_end.start_like_qemu()
+        pool = [front_end.memory_fd, front_end.rings[0].kick_fd, front_end.rings[0].call_fd, 2]
+        pool = [fd for fd in pool if fd >= 0]
+        with contextlib.suppress(PeerGoneError):
+            for data, count in chunks:
+                if data:
+                    front_end.send_raw(data, [dice.choice(pool) for _ in range(count)])
+    running.wait("disconnected")
+    assert running.thread.is_alive()
+    wait_until(lambda: open_fds() == before)
+    with FrontEnd.connect(path, memory_bytes=MIB) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+    running.wait("disconnected")
+    assert not any("internal error" in one.get("reason", "") for one in running.seen)
+    running.seen.clear()
+
+
+def test_fds_in_flight_when_the_front_end_goes_are_closed(running: Running, path: Path) -> None:
+    before = None
+    for _ in range(20):
+        with FrontEnd.connect(path, memory_bytes=MIB) as front_end:
+            front_end.boot_like_uml()
+            rights = array.array("i", [front_end.memory_fd] * 8)
+            front_end.socket.sendmsg(
+                [struct.pack("=III", Request.SET_MEM_TABLE, 9, 72)],
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
+            )
+        running.wait("disconnected")
+        now = len(open_fds())
+        assert before in (None, now)
+        before = now
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: Any) -> None:
+    caplog.set_level(logging.WARNING, logger="balloon")

@@ -1,0 +1,240 @@
+"""What real front-ends do that is easy to get wrong, one test for each (GUESTS.md, section 2).
+
+Pitfall 5 and 10 need fds and a worker: tests/test_serve.py. 11 and 15 are the driver's affair.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+
+from balloon.device import Effect
+from balloon.errors import PeerError, StateError
+from balloon.spec import Feature, Role
+from balloon.testing.driver import DriverQueue
+from balloon.testing.ram import GuestRam
+from balloon.vhost_user import messages as wire
+from balloon.vhost_user.actions import Quiesce, Reply
+from balloon.vhost_user.messages import Message, ProtocolFeature, Request
+
+BIT_30 = wire.F_PROTOCOL_FEATURES
+UML = int(ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG)
+OK = struct.pack("=Q", 0)
+FAILED = struct.pack("=Q", 1)
+
+
+def test_pitfall_01_reply_ack_holds_for_the_message_that_brings_it(edge: Any) -> None:
+    assert edge.send(Request.SET_OWNER, flags=9) is None  # not negotiated yet: the flag means nothing
+    assert edge.send(Request.SET_PROTOCOL_FEATURES, edge.u64(UML)) == OK
+    assert edge.send(Request.SET_OWNER, flags=1) is None
+    assert edge.send(Request.SET_OWNER, flags=9) == OK
+    assert edge.send(Request.SET_PROTOCOL_FEATURES, edge.u64(0)) is None
+
+
+def test_pitfall_02_memory_table_may_be_longer_than_its_regions(edge: Any) -> None:
+    edge.negotiate(UML)
+    payload = edge.table(edge.region()) + bytes(32)
+    assert edge.send(Request.SET_MEM_TABLE, payload, (edge.memfd,)) == OK
+    assert [(one.guest_address, one.size) for one in edge.memory.regions] == [(edge.base, edge.size)]
+
+
+def test_pitfall_03_the_back_ends_channel_is_offered(edge: Any) -> None:
+    assert edge.number(Request.GET_FEATURES) & BIT_30
+    offered = edge.number(Request.GET_PROTOCOL_FEATURES)
+    assert offered & ProtocolFeature.BACKEND_REQ
+    assert offered & ProtocolFeature.CONFIG
+    edge.demand(Request.SET_PROTOCOL_FEATURES, edge.u64(UML))
+    assert not edge.backend.config_deliverable
+    edge.demand(Request.SET_BACKEND_REQ_FD, fds=(77,))
+    assert edge.channel == 77
+    assert edge.backend.config_deliverable
+
+
+def test_pitfall_04_the_second_set_features_may_lack_bit_30(edge: Any) -> None:
+    edge.negotiate(UML)
+    features = edge.number(Request.GET_FEATURES) & ~(BIT_30 | Feature.PAGE_POISON)
+    edge.demand(Request.SET_FEATURES, edge.u64(features))
+    assert edge.device.driver_features == features
+    edge.map()
+    edge.set_up(0)
+    assert edge.attached == set()
+    assert edge.kick(0) == OK  # answered: protocol features stay in force
+    assert edge.attached == {0}  # and no SET_VRING_ENABLE comes
+
+
+def test_pitfall_04_without_bit_30_only_set_features_says_that_the_driver_is_gone(edge: Any) -> None:
+    edge.negotiate(UML)
+    features = edge.number(Request.GET_FEATURES) & ~(BIT_30 | Feature.PAGE_POISON)
+    edge.demand(Request.SET_FEATURES, edge.u64(features))
+    edge.map()
+    for index in range(3):
+        edge.set_up(index)
+    for index in range(3):
+        edge.kick(index)
+    queue = edge.driver(0)
+    edge.log.clear()
+    edge.number(Request.GET_FEATURES)  # rmmod: nothing but this barrier. The ring's memory is freed
+    queue.make_available(12345)  # and somebody else writes there
+    edge.demand(Request.SET_FEATURES, edge.u64(features))  # insmod, with the very same features
+    assert edge.attached == set()
+    assert edge.device.queues == {}
+    assert set(edge.kicks.values()) == {None}
+    edge.map()
+    for index in range(3):
+        edge.set_up(index)
+        assert edge.attached == set(range(index))  # neither the old kick nor the old address starts a ring
+        edge.kick(index)
+    assert edge.attached == {0, 1, 2}
+
+
+def test_pitfall_06_inband_notifications_are_never_offered(edge: Any) -> None:
+    assert not edge.number(Request.GET_PROTOCOL_FEATURES) & ProtocolFeature.INBAND_NOTIFICATIONS
+    with pytest.raises(PeerError, match="0x4000 were not offered"):
+        edge.send(Request.SET_PROTOCOL_FEATURES, edge.u64(UML | ProtocolFeature.INBAND_NOTIFICATIONS))
+    edge.negotiate(UML)
+    with pytest.raises(PeerError, match="VRING_KICK was not offered"):
+        edge.send(Request.VRING_KICK, edge.state(0, 0))
+
+
+def test_pitfall_07_queue_numbers_are_dense_over_what_was_accepted(edge: Any) -> None:
+    edge.start()
+    assert [edge.device.queue(index).role for index in range(3)] == [
+        Role.INFLATE,
+        Role.DEFLATE,
+        Role.REPORTING,
+    ]
+
+
+def test_pitfall_07_a_ring_without_a_role_stays_stopped(edge_class: Any) -> None:
+    edge = edge_class(reporting=False)
+    edge.start((0, 1))
+    edge.set_up(2)
+    assert edge.enable(2) == OK
+    assert edge.kick(2) == OK
+    assert edge.attached == {0, 1}
+    assert "ring 2 stays stopped" in edge.warnings[-1]
+    edge.close()
+
+
+def test_pitfall_08_only_actual_and_poison_val_are_the_drivers_to_write(edge_class: Any) -> None:
+    edge = edge_class(target_bytes=64 << 20)
+    edge.negotiate()
+    stale = struct.pack("<IIII", 999, 7, 888, 0xAAAAAAAA)  # QEMU writes the whole space
+    edge.demand(Request.SET_CONFIG, edge.config(0, 16, 0, stale))
+    answer = edge.send(Request.GET_CONFIG, edge.config(0, 16), flags=1)
+    assert answer == edge.config(0, 16) + struct.pack("<IIII", 16384, 7, 0, 0xAAAAAAAA)
+    assert edge.device.actual_bytes == 7 * 4096
+    edge.close()
+
+
+def test_pitfall_09_addresses_are_translated_by_the_table(edge: Any) -> None:
+    edge.negotiate()
+    half = edge.size // 2
+    low, high = edge.region(0, half, edge.user + half, half), edge.region(1 << 31, half, edge.user, 0)
+    edge.demand(Request.SET_MEM_TABLE, edge.table(low, high), (edge.memfd, edge.memfd))
+    edge.set_up(0, offset=half + 0x1000)  # in the first region, whose user address is the higher one
+    edge.set_up(1, offset=0x2000)
+    for index in range(2):
+        edge.kick(index)
+        edge.enable(index)
+    assert edge.attached == {0, 1}
+    ram = GuestRam.of(edge.memory)
+    queue = DriverQueue(ram, 64, (1 << 31) + 0x2000, indirect=False)
+    ram.array(0x9000, "<u4", 1)[:] = 5
+    queue.post([(0x9000, 4, False)])  # deflate one page
+    assert edge.device.notify(1) & Effect.NOTIFY_USED
+    assert len(queue.take_used()) == 1
+    assert edge.device.counters.deflated_bytes == 4096
+
+
+def test_pitfall_12_every_protocol_bit_may_be_taken_and_all_questions_are_answered(edge: Any) -> None:
+    edge.negotiate(edge.number(Request.GET_PROTOCOL_FEATURES))
+    assert edge.number(Request.GET_QUEUE_NUM) == 5
+    assert edge.number(Request.GET_MAX_MEM_SLOTS) == 32
+    assert edge.number(Request.GET_STATUS) == 0
+
+
+def test_pitfall_12_a_call_fd_may_come_many_times_and_enable_for_rings_without_an_address(edge: Any) -> None:
+    edge.negotiate()
+    for fd in (50, 51):
+        for index in range(5):
+            edge.demand(Request.SET_VRING_CALL, edge.u64(index), (fd + 10 * index,))
+    assert edge.calls[4] == 91
+    for index in range(5):
+        assert edge.enable(index) == OK
+    assert edge.attached == set()
+    edge.map()
+    edge.set_up(1)
+    edge.kick(1)  # enabled already: QEMU 11 enables last, others first
+    assert edge.attached == {1}
+
+
+def test_pitfall_13_disable_is_answered_only_when_the_ring_is_quiet(edge: Any) -> None:
+    edge.start()
+    actions = edge.backend.receive(Message(Request.SET_VRING_ENABLE, 9, edge.state(1, 0)))
+    (quiesce,) = actions
+    assert isinstance(quiesce, Quiesce)
+    assert quiesce.indices == (1,)
+    assert edge.backend.busy
+    assert 1 in edge.device.queues
+    with pytest.raises(StateError, match="not done with"):
+        edge.backend.receive(Message(Request.GET_FEATURES))
+    with pytest.raises(StateError, match="is not out"):
+        edge.backend.resume(quiesce.token + 1)
+    assert edge.backend.resume(quiesce.token) == [Reply(wire.reply_u64(Request.SET_VRING_ENABLE, 0))]
+    assert 1 not in edge.device.queues
+    with pytest.raises(StateError, match="is not out"):
+        edge.backend.resume(quiesce.token)
+
+
+def test_pitfall_13_rmmod_and_insmod_on_one_connection(edge: Any) -> None:
+    edge.start()
+    queue = edge.driver(2)
+    queue.post([(edge.base + 0x100000, 0x10000, True)])
+    edge.device.notify(2)
+    edge.demand(Request.SET_CONFIG, edge.config(4, 4, 0, bytes(4)))
+    for index in (2, 1, 0):
+        edge.enable(index, False)
+    assert edge.device.queues == {}
+    edge.number(Request.GET_FEATURES)
+    edge.demand(Request.SET_FEATURES, edge.u64(edge.number(Request.GET_FEATURES) & ~Feature.EVENT_IDX))
+    edge.map()
+    edge.driver(2)
+    for index in range(3):
+        edge.set_up(index, base=0)
+    assert edge.attached == set()
+    for index in range(3):
+        edge.kick(index)
+        edge.enable(index)
+    assert edge.attached == {0, 1, 2}
+    assert edge.device.queue(2).next_available == 0
+    assert edge.device.counters.chains == 1  # counters go over all lives of a device
+
+
+def test_pitfall_14_after_a_stop_actual_is_stale_and_the_target_still_stands(edge_class: Any) -> None:
+    edge = edge_class(target_bytes=1 << 20)
+    edge.start()
+    edge.demand(Request.SET_CONFIG, edge.config(4, 4, 0, struct.pack("<I", 256)))
+    for index in range(3):
+        edge.enable(index, False)
+    for index in range(3):
+        assert edge.send(Request.GET_VRING_BASE, edge.state(index, 0), flags=1) == edge.state(index, 0)
+    assert edge.device.target_bytes == 1 << 20
+    answer = edge.send(Request.GET_CONFIG, edge.config(0, 8), flags=1)
+    assert answer == edge.config(0, 8) + struct.pack("<II", 256, 256)
+    edge.close()
+
+
+def test_pitfall_16_a_reporting_ring_below_32_entries_is_refused(edge: Any) -> None:
+    edge.negotiate()
+    edge.map()
+    edge.set_up(2, size=16)
+    edge.kick(2)
+    assert edge.enable(2) == FAILED
+    assert edge.warnings == ["SET_VRING_ENABLE refused: a ring for reporting has at least 32 entries, not 16"]
+    assert edge.attached == set()
+    edge.set_up(0, size=16)  # the others may be small
+    edge.kick(0)
+    assert edge.enable(0) == OK
