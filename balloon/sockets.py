@@ -209,7 +209,7 @@ def peer_pid(sock: socket.socket) -> int | None:
 def adopt(fd: int) -> socket.socket:
     """Make a socket of an fd, which belongs to it from now on.
 
-    :raise ConfigError: it is no UNIX stream socket; the fd stays the caller's.
+    :raise ConfigError: it is no UNIX stream socket that listens or is connected; the fd stays the caller's.
     """
     try:
         sock = socket.socket(fileno=fd)
@@ -218,6 +218,12 @@ def adopt(fd: int) -> socket.socket:
     if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
         sock.detach()
         raise ConfigError(f"fd {fd} is no UNIX stream socket")
+    if not is_listening(sock):
+        try:
+            sock.getpeername()
+        except OSError as error:
+            sock.detach()
+            raise ConfigError(f"fd {fd} is a socket that neither listens nor is connected") from error
     return sock
 
 

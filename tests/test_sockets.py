@@ -332,6 +332,8 @@ def test_adopted_socket_is_a_unix_stream_socket(pair: Pair) -> None:
         sockets.adopt(reading)
     os.close(reading)
     os.close(writing)
+    with socket.socket(socket.AF_UNIX) as lonely, pytest.raises(ConfigError, match="neither listens nor is"):
+        sockets.adopt(lonely.fileno())
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram:
         with pytest.raises(ConfigError, match="no UNIX stream socket"):
             sockets.adopt(datagram.fileno())

@@ -72,12 +72,16 @@ def test_reset_stops_all_rings_and_forgets_what_was_negotiated(edge: Any, reques
     assert isinstance(quiesce, Quiesce)
     assert quiesce.indices == (0, 1, 2)
     assert edge.device.status
+    queue = edge.driver(0)
+    queue.post([(edge.base + 0x80000, 4, False)])
+    edge.device.notify(0)
     edge.attached.clear()
     edge.carry_out(edge.backend.resume(quiesce.token))
     assert edge.device.status == 0
     assert edge.device.driver_features == 0
     assert edge.device.actual_bytes == 0
     assert set(edge.kicks.values()) == {None}
+    assert edge.send(Request.GET_VRING_BASE, edge.state(0, 0), flags=1) == edge.state(0, 0)
     edge.demand(Request.SET_FEATURES, edge.u64(edge.number(Request.GET_FEATURES)))
     for index in range(3):
         assert edge.kick(index) == OK
@@ -148,6 +152,8 @@ def test_config_change_is_told_only_while_a_ring_runs(edge: Any) -> None:
     edge.enable(0)
     assert edge.config_changes == 1
     assert edge.backend.apply(edge.device.set_target(2 << 20)) == [NotifyConfig()]
+    edge.number(Request.GET_FEATURES)
+    assert edge.config_changes == 1  # each is told once
     edge.enable(0, False)
     assert edge.backend.apply(edge.device.set_target(3 << 20)) == []
 

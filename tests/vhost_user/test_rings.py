@@ -128,6 +128,8 @@ def test_running_ring_cannot_be_changed(edge: Any) -> None:
         edge.send(Request.SET_VRING_NUM, struct.pack("=II", 0, 64))
     with pytest.raises(PeerError, match="SET_VRING_BASE: ring 0 is running"):
         edge.send(Request.SET_VRING_BASE, struct.pack("=II", 0, 0))
+    where = edge.user, edge.user + 18 * 64 + 8, edge.user + 16 * 64
+    edge.demand(Request.SET_VRING_ADDR, struct.pack("=IIQQQQ", 0, 0, *where, (1 << 64) - 1))  # the same
     with pytest.raises(PeerError, match="is running elsewhere"):
         edge.send(
             Request.SET_VRING_ADDR,
@@ -145,6 +147,21 @@ def test_ring_outside_memory_is_refused(edge: Any, offset: int) -> None:
     assert "no memory region has" in edge.warnings[-1]
     with pytest.raises(PeerError, match="no memory region has"):  # nobody asked: it has to learn it somehow
         edge.send(Request.SET_VRING_ENABLE, edge.state(0, 1), flags=1)
+
+
+def test_ring_over_the_end_of_its_region_is_refused(edge: Any) -> None:
+    # What follows in the guest's addresses does not follow in the front-end's: it is other memory.
+    half = edge.size // 2
+    edge.negotiate()
+    low = edge.region(size=half)
+    high = edge.region(edge.base + half, half, edge.user + (1 << 30), half)
+    edge.demand(Request.SET_MEM_TABLE, edge.table(low, high), (edge.memfd, edge.memfd))
+    edge.set_up(0)
+    over, used, available = edge.user + half - 512, edge.user + 0x4000, edge.user + 0x2000
+    edge.demand(Request.SET_VRING_ADDR, struct.pack("=IIQQQQ", 0, 0, over, used, available, 0))
+    edge.kick(0)
+    assert edge.enable(0) == FAILED
+    assert "no memory region has 1024 bytes" in edge.warnings[-1]
 
 
 def test_misaligned_ring_is_refused(edge: Any) -> None:
