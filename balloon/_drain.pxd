@@ -29,6 +29,7 @@ ctypedef struct queue_t:
     region_t *region            # where the last page frame number was
     const int *keep             # the device's: reported pages keep their content
     int role
+    bint entered                # the descriptor was looked at and counted
     bint in_chain               # a popped chain is not finished; where we are in it:
     uint32_t position           # descriptor,
     uint64_t offset             # byte in it,

@@ -66,11 +66,21 @@ cdef bint enter_descriptor(queue_t *q, desc_t *d, uint32_t direction) noexcept n
     if d.flags & DESC_F_WRITE != direction:
         count_fault(q, FAULT_DIRECTION)
         return False
+    if q.role == ROLE_REPORTING:
+        q.counters.reported_bytes += d.length
     if d.length and d.address + (d.length - 1) < d.address:  # what would wrap is not memory
         count_fault(q, FAULT_OUTSIDE_MEMORY)
         q.counters.outside_bytes += d.length + d.address
         d.length = <uint32_t>(0 - d.address)
+    q.entered = True
     return True
+
+
+cdef void leave_descriptor(queue_t *q) noexcept nogil:
+    """On to the next descriptor of the chain."""
+    q.position += 1
+    q.offset = 0
+    q.entered = False
 
 
 cdef bint fill_report(queue_t *q, reclaim_t *r) noexcept nogil:
@@ -81,21 +91,19 @@ cdef bint fill_report(queue_t *q, reclaim_t *r) noexcept nogil:
             return False
         d = &q.ring.chain[q.position]
         r.work += 1
-        if q.offset == 0:
+        if not q.entered:
             if not enter_descriptor(q, d, DESC_F_WRITE):
-                q.position += 1
+                leave_descriptor(q)
                 continue
-            q.counters.reported_bytes += d.length
             if flag_load(q.keep):
                 q.counters.kept_bytes += d.length
-                q.position += 1
+                leave_descriptor(q)
                 continue
         while q.offset < d.length:
             if reclaim_full(r):
                 return False
             q.offset += add_range(q, r, d.address + q.offset, d.length - q.offset)
-        q.position += 1
-        q.offset = 0
+        leave_descriptor(q)
     return True
 
 
@@ -153,8 +161,8 @@ cdef bint fill_inflate(queue_t *q, reclaim_t *r) noexcept nogil:
             return False
         d = &q.ring.chain[q.position]
         r.work += 1
-        if q.offset == 0 and not enter_descriptor(q, d, 0):
-            q.position += 1
+        if not q.entered and not enter_descriptor(q, d, 0):
+            leave_descriptor(q)
             continue
         while q.offset < d.length:
             if reclaim_full(r):
@@ -166,8 +174,7 @@ cdef bint fill_inflate(queue_t *q, reclaim_t *r) noexcept nogil:
                 q.partial_count = 0
                 return True
             q.offset += done
-        q.position += 1
-        q.offset = 0
+        leave_descriptor(q)
     if q.partial_count:
         q.partial_count = 0
         count_fault(q, FAULT_PARTIAL_PFN)
@@ -216,6 +223,7 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
             q.in_chain = True
             q.position = 0
             q.offset = 0
+            q.entered = False
             q.partial_count = 0
             q.counters.chains += 1
         if q.role == ROLE_REPORTING:

@@ -23,6 +23,9 @@ ctypedef struct map_t:
 cdef region_t *map_find(const map_t *map, uint64_t address) noexcept nogil
 cdef char *map_host(const map_t *map, uint64_t address, uint64_t size) noexcept nogil
 
+cdef int process_generation() noexcept
+cdef int check_process(int made) except -1
+
 cdef class BufferHold:
     cdef Py_buffer view
     cdef bint held

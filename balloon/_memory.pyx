@@ -11,8 +11,11 @@ Rules:
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
+
+import os
 
 from balloon.errors import ConfigError, StateError
 
@@ -20,12 +23,51 @@ cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
 
+cdef extern from "<sys/types.h>" nogil:
+    ctypedef long off_t
+
 cdef extern from "<sys/mman.h>" nogil:
     int c_mincore "mincore"(void *address, size_t length, unsigned char *vec)
+
+cdef extern from "<sys/vfs.h>" nogil:
+    cdef struct statfs_t "statfs":
+        long f_type
+        long f_bsize
+    int c_fstatfs "fstatfs"(int fd, statfs_t *found)
+
+cdef extern from "<fcntl.h>" nogil:
+    int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length)
+    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 cdef extern from "<unistd.h>" nogil:
     long sysconf(int name)
     int _SC_PAGESIZE
+
+
+cdef int generation = 0  # counts forks on the child's side
+
+
+def _after_fork_in_child():
+    global generation
+    generation += 1
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+cdef int process_generation() noexcept:
+    return generation
+
+
+cdef int check_process(int made) except -1:
+    """Guest memory is shared with the child of a fork, the right to discard it is not (CONTRACTS 11)."""
+    if made != generation:
+        raise StateError("this belongs to the parent process: a fork does not take it along")
+    return 0
+
+
+cdef enum:
+    HUGETLBFS_MAGIC = 0x958458f6
 
 
 METHODS = ("none", "dontneed", "remove", "punch")
@@ -126,7 +168,8 @@ cdef class GuestMap:
             raise MemoryError
         end = 0
         for guest, size, host, fd, fd_offset, page, method in rows:
-            if size <= 0 or guest < 0 or guest + size > 1 << 64 or host + size > 1 << 64:
+            if not 0 < size < 1 << 64 or min(guest, host, fd_offset) < 0 \
+                    or max(guest, host, fd_offset) + size > 1 << 64:
                 raise ConfigError(f"a region of {size} bytes at guest address {guest:#x} cannot be")
             if guest < end:
                 raise ConfigError(f"the region at guest address {guest:#x} overlaps the one below it")
@@ -224,3 +267,27 @@ cdef class GuestMap:
         if failed:
             raise OSError(f"guest memory at {region.guest:#x} is not mapped any more")
         return resident * page
+
+
+def file_page_bytes(int fd):
+    """Bytes of one page of what backs a file: the huge page on hugetlbfs, else the host's page.
+
+    :raise OSError: fstatfs(2) failed.
+    """
+    cdef statfs_t found
+    if c_fstatfs(fd, &found) != 0:
+        raise OSError(errno, os.strerror(errno))
+    return found.f_bsize if found.f_type == HUGETLBFS_MAGIC else sysconf(_SC_PAGESIZE)
+
+
+def probe_punch(int fd, uint64_t page):
+    """Whether holes can be punched into a file: 0, or the errno that says why not.
+
+    Asks for a hole just behind the end of the file: that changes nothing, and meets the same seals, modes
+    and file systems as a hole inside it.
+    """
+    size = os.fstat(fd).st_size
+    cdef off_t end = (size + page - 1) // page * page
+    if c_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, end, <off_t>page) == 0:
+        return 0
+    return errno

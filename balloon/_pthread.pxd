@@ -13,5 +13,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
     int pthread_mutex_destroy(pthread_mutex_t *mutex)
     int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_trylock(pthread_mutex_t *mutex)
     int pthread_mutex_timedlock(pthread_mutex_t *mutex, const timespec *until)
     int pthread_mutex_unlock(pthread_mutex_t *mutex)

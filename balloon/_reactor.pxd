@@ -8,6 +8,7 @@ cdef enum:
     COMMAND_ATTACH = 1
     COMMAND_DETACH = 2
     COMMAND_STOP = 3
+    COMMAND_POKE = 4
 
 cdef enum:
     NEWS_FAULT = 1    # the queue has stopped
@@ -16,6 +17,8 @@ cdef enum:
 ctypedef struct slot_t:         # a queue as its worker sees it
     queue_t *queue
     slot_t *next_ready
+    pthread_mutex_t *lock       # of the device, held for each slice
+    const int *waiting          # somebody else wants that lock
     slot_t *next_news
     pthread_mutex_t call_lock   # held for the swap and the write of the call fd, never for a slice
     int kick_fd
@@ -54,6 +57,8 @@ ctypedef struct worker_t:
 cdef void ring_bell(int fd) noexcept nogil
 cdef void call(slot_t *slot) noexcept nogil
 cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded) noexcept nogil
+cdef int reactor_watch(worker_t *w, slot_t *slot) noexcept nogil
+cdef void reactor_close(worker_t *w) noexcept nogil
 cdef void reactor_run(worker_t *w) noexcept nogil
 cdef void reactor_post(worker_t *w, command_t *command) noexcept nogil
 cdef void reactor_collect(worker_t *w, command_t **done, slot_t **news) noexcept nogil

@@ -16,9 +16,11 @@ from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 
 from balloon._drain cimport SLICE_FAULT, SLICE_MORE, queue_cut, queue_slice, queue_t
-from balloon._pthread cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from balloon._pthread cimport (
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
+)
 from balloon._reclaim cimport reclaim_t
-from balloon._spec cimport FAULT_BUS_ERROR
+from balloon._spec cimport FAULT_BUS_ERROR, FAULT_NONE
 
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
@@ -52,6 +54,14 @@ cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
     uint32_t EPOLLIN, EPOLLET
 
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long count, int timeout)
+    short POLLOUT
+
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *data, size_t size, int flags)
     int MSG_DONTWAIT, MSG_NOSIGNAL
@@ -63,6 +73,7 @@ cdef extern from "<sys/eventfd.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_write "write"(int fd, const void *data, size_t size)
     ssize_t c_read "read"(int fd, void *data, size_t size)
+    int c_close "close"(int fd)
 
 cdef enum:
     EPOLL_BATCH = 64
@@ -76,6 +87,7 @@ cdef void ring_bell(int fd) noexcept nogil:
 cdef void call(slot_t *slot) noexcept nogil:
     """Send the used buffer notification that is due."""
     cdef uint64_t one = 1
+    cdef pollfd writable
     slot.queue.notify = False
     pthread_mutex_lock(&slot.call_lock)
     if slot.call_fd < 0:
@@ -83,7 +95,11 @@ cdef void call(slot_t *slot) noexcept nogil:
     elif slot.call_socket:  # User-mode Linux: exactly eight bytes, and never wait for its reader
         send(slot.call_fd, &one, 8, MSG_DONTWAIT | MSG_NOSIGNAL)
     else:
-        c_write(slot.call_fd, &one, 8)
+        # Not blocking, and still asked first: whoever shares the eventfd can take O_NONBLOCK off again.
+        writable.fd = slot.call_fd
+        writable.events = POLLOUT
+        if poll(&writable, 1, 0) == 1 and writable.revents & POLLOUT:
+            c_write(slot.call_fd, &one, 8)
     pthread_mutex_unlock(&slot.call_lock)
 
 
@@ -121,7 +137,7 @@ cdef void forget_ready(worker_t *w, slot_t *slot) noexcept nogil:
 
 
 cdef void serve_slice(worker_t *w, slot_t *slot) noexcept nogil:
-    """One slice of the queue whose turn it is."""
+    """One slice of the queue whose turn it is, under its device's lock, which this releases."""
     cdef int status
     if w.guarded:
         status = balloon_guarded(slice_of, slot.queue, w.reclaim, -1)
@@ -136,6 +152,7 @@ cdef void serve_slice(worker_t *w, slot_t *slot) noexcept nogil:
             status = SLICE_FAULT
     else:
         status = queue_slice(slot.queue, w.reclaim)
+    pthread_mutex_unlock(slot.lock)
     if slot.queue.notify:
         call(slot)
     if status == SLICE_MORE:
@@ -174,23 +191,21 @@ cdef bint obey(worker_t *w) noexcept nogil:
         slot = command.slot
         if command.kind == COMMAND_STOP:
             going = False
-        elif command.kind == COMMAND_ATTACH:
-            event.events = EPOLLIN | EPOLLET
-            event.data.ptr = slot
-            if slot.kick_fd >= 0:
-                epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, slot.kick_fd, &event)
+        elif command.kind != COMMAND_DETACH:  # attached, or to be looked at
             make_ready(w, slot)
         else:
             if slot.kick_fd >= 0:
                 epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, slot.kick_fd, &event)
             forget_ready(w, slot)
-            if not slot.parked:
+            pthread_mutex_lock(slot.lock)
+            if slot.queue.fault == FAULT_NONE:
                 if w.guarded:
                     balloon_guarded(cut_of, slot.queue, NULL, -1)
                 else:
                     queue_cut(slot.queue)
-                if slot.queue.notify:
-                    call(slot)
+            pthread_mutex_unlock(slot.lock)
+            if slot.queue.notify:
+                call(slot)
         pthread_mutex_lock(&w.lock)
         w.done_tail[0] = command
         w.done_tail = &command.next
@@ -206,8 +221,19 @@ cdef int cut_of(void *queue, void *unused) noexcept nogil:
     return 0
 
 
+cdef int reactor_watch(worker_t *w, slot_t *slot) noexcept nogil:
+    """Watch a queue's kick fd; an errno if that cannot be. Called by whoever attaches, under the lock."""
+    cdef epoll_event event
+    event.events = EPOLLIN | EPOLLET
+    event.data.ptr = slot
+    if slot.kick_fd >= 0 and epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, slot.kick_fd, &event) != 0:
+        return errno
+    return 0
+
+
 cdef void reactor_run(worker_t *w) noexcept nogil:
     cdef epoll_event events[EPOLL_BATCH]
+    cdef bint served = True
     cdef int got, number
     cdef slot_t *slot
     cdef slot_t *last
@@ -220,7 +246,8 @@ cdef void reactor_run(worker_t *w) noexcept nogil:
     sigdelset(&mask, SIGILL)
     pthread_sigmask(SIG_SETMASK, &mask, NULL)
     while True:
-        got = epoll_wait(w.epoll_fd, events, EPOLL_BATCH, 0 if w.first != NULL else -1)
+        # Where all that is ready is held by somebody else, a millisecond is soon enough.
+        got = epoll_wait(w.epoll_fd, events, EPOLL_BATCH, -1 if w.first == NULL else 0 if served else 1)
         if got < 0 and errno != EINTR:
             return
         for number in range(got):
@@ -232,6 +259,7 @@ cdef void reactor_run(worker_t *w) noexcept nogil:
                 make_ready(w, slot)
         # One round: each queue that has work gets one slice, and commands are looked at before each.
         last = w.last
+        served = False
         while True:
             if flag_load(&w.pending):
                 if not obey(w):
@@ -245,7 +273,11 @@ cdef void reactor_run(worker_t *w) noexcept nogil:
                 w.last = NULL
             slot.ready = False
             if not flag_load(&slot.stopping):
-                serve_slice(w, slot)
+                if flag_load(slot.waiting) or pthread_mutex_trylock(slot.lock) != 0:
+                    make_ready(w, slot)
+                else:
+                    serve_slice(w, slot)
+                    served = True
             if slot == last:
                 break
 
@@ -259,10 +291,13 @@ cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded) noexcept no
     w.commands_tail = &w.commands
     w.done_tail = &w.done
     pthread_mutex_init(&w.lock, NULL)
+    w.wake_fd = w.event_fd = -1
     w.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-    w.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    w.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    if w.epoll_fd < 0 or w.wake_fd < 0 or w.event_fd < 0:
+    if w.epoll_fd >= 0:
+        w.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if w.wake_fd >= 0:
+        w.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if w.event_fd < 0:
         return errno
     event.events = EPOLLIN
     event.data.ptr = NULL
@@ -275,6 +310,17 @@ cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded) noexcept no
         if c_sigaction(SIGBUS, &action, NULL) != 0:
             return errno
     return 0
+
+
+cdef void reactor_close(worker_t *w) noexcept nogil:
+    """Close the fds of a worker whose thread has ended, or never began."""
+    if w.epoll_fd >= 0:
+        c_close(w.epoll_fd)
+    if w.wake_fd >= 0:
+        c_close(w.wake_fd)
+    if w.event_fd >= 0:
+        c_close(w.event_fd)
+    w.epoll_fd = w.wake_fd = w.event_fd = -1
 
 
 cdef void reactor_post(worker_t *w, command_t *command) noexcept nogil:

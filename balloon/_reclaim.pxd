@@ -34,3 +34,4 @@ cdef class Reclaimer:
     cdef reclaim_t state
     cdef reclaim_counters_t counters
     cdef bint busy
+    cdef int generation

@@ -17,11 +17,10 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from balloon._memory cimport (
-    METHOD_DONTNEED, METHOD_NONE, METHOD_PUNCH, METHOD_REMOVE, GuestMap, map_find, region_t,
+    METHOD_DONTNEED, METHOD_NONE, METHOD_PUNCH, METHOD_REMOVE, GuestMap, check_process, map_find,
+    process_generation, region_t,
 )
 from balloon._spec cimport RECLAIM_RETRIES, SLICE_BYTES, SLICE_RANGES, SLICE_WORK
-
-import os
 
 from balloon.errors import StateError
 
@@ -195,8 +194,7 @@ cdef void discard_one(range_t *piece, int method, reclaim_counters_t *counters) 
     cdef size_t length = piece.end - piece.start
     cdef int status
     cdef int tries = 0
-    while tries < RECLAIM_RETRIES:
-        tries += 1
+    while True:
         counters.system_calls += 1
         if method == METHOD_PUNCH:
             status = call_fallocate(
@@ -208,9 +206,10 @@ cdef void discard_one(range_t *piece, int method, reclaim_counters_t *counters) 
         if status == 0:
             counters.advised_bytes += length
             return
-        if errno != EINTR and errno != EAGAIN:
-            break
-    refuse(piece, errno, counters)
+        if (errno != EINTR and errno != EAGAIN) or tries == RECLAIM_RETRIES:
+            refuse(piece, errno, counters)
+            return
+        tries += 1
 
 
 cdef void discard_vector(reclaim_t *r, range_t *pieces, uint32_t count,
@@ -230,6 +229,10 @@ cdef void discard_vector(reclaim_t *r, range_t *pieces, uint32_t count,
         vectors[number].iov_base = <void *>pieces[number].start
         vectors[number].iov_len = pieces[number].end - pieces[number].start
     while first < count:
+        if flag_load(&pieces[first].region.method) == METHOD_NONE:  # refused a moment ago
+            counters.skipped_bytes += pieces[first].end - pieces[first].start
+            first += 1
+            continue
         if count - first == 1 or not r.vectored:
             discard_one(&pieces[first], METHOD_DONTNEED, counters)
             first += 1
@@ -309,6 +312,7 @@ cdef class Reclaimer:
         self.state.vectors = calloc(SLICE_RANGES, sizeof(iovec))
         if self.state.ranges == NULL or self.state.scratch == NULL or self.state.vectors == NULL:
             raise MemoryError
+        self.generation = process_generation()
         self.state.sorted = True
         self.state.vectored = probe_vectored()
 
@@ -322,13 +326,14 @@ cdef class Reclaimer:
 
         What is outside guest memory is left out. Releases the GIL during the system calls.
 
-        :raise StateError: another thread is in this method.
+        :raise StateError: another thread is in this method, or this is the child of a fork.
         """
         cdef uint64_t host, part_address
         cdef region_t *region
+        check_process(self.generation)
+        parts = [part for address, size in ranges for part in memory.translate(address, size)]
         if self.busy:
             raise StateError("another thread uses this Reclaimer: make one for each")
-        parts = [part for address, size in ranges for part in memory.translate(address, size)]
         self.busy = True
         try:
             for part_address, host, take in parts:
@@ -354,19 +359,6 @@ cdef class Reclaimer:
     def counts(self):
         """The counters so far, by name."""
         return dict(self.counters)
-
-
-def probe_punch(int fd, uint64_t page):
-    """Whether holes can be punched into a file: 0, or the errno that says why not.
-
-    Asks for a hole just behind the end of the file: that changes nothing, and meets the same seals, modes
-    and file systems as a hole inside it.
-    """
-    size = os.fstat(fd).st_size
-    cdef off_t end = (size + page - 1) // page * page
-    if c_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, end, <off_t>page) == 0:
-        return 0
-    return errno
 
 
 def _set_system_calls(uintptr_t madvise=0, uintptr_t process_madvise=0, uintptr_t fallocate=0):

@@ -23,6 +23,7 @@ ctypedef struct split_t:
     bint event_idx
     bint indirect
     bint silenced            # we have set USED_F_NO_NOTIFY
+    bint fresh               # nothing of the used ring was looked at yet
     bint touched             # something was written to the used ring that is not published yet
 
 cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil
@@ -38,3 +39,5 @@ cdef class SplitRing:
     cdef GuestMap memory
     cdef uint64_t addresses[3]
     cdef void move(self, GuestMap memory) except *
+    cdef void leave(self) noexcept
+    cdef int check(self) except -1

@@ -25,7 +25,7 @@ from balloon._spec cimport (
 )
 
 from balloon import spec
-from balloon.errors import ConfigError, RingError
+from balloon.errors import ConfigError, RingError, StateError
 
 cdef extern from "_atomics.h" nogil:
     uint16_t load_once_u16(const void *p)
@@ -61,6 +61,12 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
     cdef char *table = ring.descriptors
     cdef const char *entry
     cdef bint nested = False
+    if ring.fresh:
+        # The ring may have been served before, and left in the middle of work: go on where its used index
+        # stands, and take back a wish for silence. Not when the ring is made: this may meet SIGBUS.
+        ring.fresh = False
+        ring.next_used = load_acquire_u16(ring.used + 2)
+        store_once_u16(ring.used, 0)
     if pending == 0:
         return 0
     if pending > ring.size:
@@ -168,6 +174,8 @@ cdef class SplitRing:
 
     :raise ConfigError: the size is not a power of two between 1 and 32768.
     :raise RingError: the ring does not lie in guest memory, or is misaligned.
+
+    Every method but the properties raises `StateError` once the queue that it belongs to was stopped.
     """
 
     def __cinit__(self, GuestMap memory not None, *, int size, uint64_t descriptor_address,
@@ -186,9 +194,8 @@ cdef class SplitRing:
         self.ring.chain = <desc_t *>calloc(<size_t>size, sizeof(desc_t))
         if self.ring.chain == NULL:
             raise MemoryError
+        self.ring.fresh = True
         self.move(memory)
-        # The ring may have been served before, by another process: go on where its used index stands.
-        self.ring.next_used = load_acquire_u16(self.ring.used + 2)
 
     def __dealloc__(self):
         free(self.ring.chain)
@@ -200,6 +207,16 @@ cdef class SplitRing:
             raise guest_error(FAULT_RING_ADDRESS)
         self.ring = moved
         self.memory = memory
+
+    cdef void leave(self) noexcept:
+        """Let go of guest memory: it may be gone from now on."""
+        self.ring.descriptors = self.ring.available = self.ring.used = NULL
+        self.memory = None
+
+    cdef int check(self) except -1:
+        if self.ring.used == NULL:
+            raise StateError("this ring was stopped: its memory may be gone")
+        return 0
 
     @property
     def size(self):
@@ -214,6 +231,9 @@ cdef class SplitRing:
     @property
     def next_used(self):
         """Index of the next used entry that will be written, modulo 2^16."""
+        if self.ring.fresh:
+            self.check()
+            return load_acquire_u16(self.ring.used + 2)
         return self.ring.next_used
 
     def pop(self):
@@ -221,8 +241,10 @@ cdef class SplitRing:
 
         :raise RingError: the ring is corrupt; nothing was popped.
         """
-        cdef int got = split_pop(&self.ring, &self.memory.map)
+        cdef int got
         cdef uint32_t number
+        self.check()
+        got = split_pop(&self.ring, &self.memory.map)
         if got == 0:
             return None
         if got < 0:
@@ -234,18 +256,22 @@ cdef class SplitRing:
 
     def push(self, uint16_t head):
         """Write the used entry of a popped head, with length 0; it is shown at the next `publish()`."""
+        self.check()
         split_push(&self.ring, head)
 
     def publish(self):
         """Show what was pushed; true if the driver wants a used buffer notification."""
+        self.check()
         return bool(split_publish(&self.ring))
 
     def silence(self):
         """Ask the driver not to notify while buffers are being popped."""
+        self.check()
         split_silence(&self.ring)
 
     def listen(self):
         """Ask the driver to notify of the next buffer; true if one came meanwhile, then pop again."""
+        self.check()
         return bool(split_listen(&self.ring))
 
     def ring_host_addresses(self):

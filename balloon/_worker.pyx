@@ -8,13 +8,15 @@ cimport cython
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport calloc, free
 
+from balloon._memory cimport check_process, process_generation
 from balloon._pthread cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
-from balloon._queue cimport DataQueue, check_process, process_generation
+from balloon._queue cimport DataQueue
 from balloon._reactor cimport (
-    COMMAND_ATTACH, COMMAND_DETACH, COMMAND_STOP, NEWS_FAULT, NEWS_REFUSED, call, command_t,
-    reactor_collect, reactor_hear, reactor_open, reactor_post, reactor_run, ring_bell, slot_t, worker_t,
+    COMMAND_ATTACH, COMMAND_DETACH, COMMAND_POKE, COMMAND_STOP, NEWS_FAULT, NEWS_REFUSED, call, command_t,
+    reactor_close, reactor_collect, reactor_hear, reactor_open, reactor_post, reactor_run, reactor_watch,
+    ring_bell, slot_t, worker_t,
 )
 from balloon._reclaim cimport Reclaimer
 
@@ -35,11 +37,16 @@ cdef class _Attachment:
 
     cdef slot_t slot
     cdef DataQueue queue
+    cdef int kick_fd            # the caller's; the slot has a duplicate
     cdef int token
+    cdef bint done
 
     def __cinit__(self, DataQueue queue):
         self.queue = queue
         self.slot.queue = &queue.queue
+        self.slot.lock = &queue.plane.lock
+        self.slot.waiting = &queue.plane.waiting
+        self.slot.failures = queue.queue.reclaimed.failures
         self.slot.call_fd = -1
         self.slot.kick_fd = -1
         pthread_mutex_init(&self.slot.call_lock, NULL)
@@ -47,24 +54,24 @@ cdef class _Attachment:
     def __dealloc__(self):
         pthread_mutex_destroy(&self.slot.call_lock)
 
-
-cdef set_call_fd(_Attachment attachment, int fd):
-    """Swap the call fd, and send the notification that is owed since before there was one."""
-    cdef slot_t *slot = &attachment.slot
-    cdef bint is_socket = False
-    if fd >= 0:
-        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-        if not is_socket:
-            os.set_blocking(fd, False)  # a full pipe or eventfd must not hold the worker
-    with nogil:
-        pthread_mutex_lock(&slot.call_lock)
-        slot.call_fd = fd
-        slot.call_socket = is_socket
-        is_socket = slot.call_owed and fd >= 0
-        slot.call_owed = slot.call_owed and fd < 0
-        pthread_mutex_unlock(&slot.call_lock)
-        if is_socket:
-            call(slot)
+    cdef set_call(self, int fd):
+        """Swap the call fd, and send the notification that is owed since before there was one."""
+        cdef slot_t *slot = &self.slot
+        cdef bint is_socket = False
+        cdef bint owed
+        if fd >= 0:
+            is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+            if not is_socket:
+                os.set_blocking(fd, False)  # a full pipe or eventfd must not hold the worker
+        with nogil:
+            pthread_mutex_lock(&slot.call_lock)
+            slot.call_fd = fd
+            slot.call_socket = is_socket
+            owed = slot.call_owed and fd >= 0
+            slot.call_owed = slot.call_owed and fd < 0
+            pthread_mutex_unlock(&slot.call_lock)
+            if owed:
+                call(slot)
 
 
 _alive = set()  # a worker is kept while its thread runs
@@ -72,7 +79,10 @@ _alive = set()  # a worker is kept while its thread runs
 
 def _close_all():
     for worker in list(_alive):
-        worker.close()
+        try:
+            worker.close(5.0)
+        except StateError:
+            pass  # stuck in the kernel: its thread is a daemon, and the others are to be closed
 
 
 atexit.register(_close_all)
@@ -85,6 +95,8 @@ cdef class Worker:
     With `survive_sigbus` a handler for SIGBUS is installed for the whole process: only a program that owns
     its process asks for it. A queue whose memory is truncated under it is then parked with
     `Fault.BUS_ERROR`, and the others go on.
+
+    :raise OSError: there are no fds left for it.
     """
 
     cdef worker_t worker
@@ -93,20 +105,29 @@ cdef class Worker:
     cdef dict attachments       # address of a slot: _Attachment
     cdef int generation
     cdef int tokens
+    cdef bint closing
     cdef list events
     cdef object collecting      # one thread at a time turns news into events
+    cdef object ending          # one thread at a time closes
 
     def __cinit__(self, *, bint survive_sigbus=False):
         self.generation = process_generation()
         self.attachments = {}
         self.events = []
         self.collecting = threading.Lock()
+        self.ending = threading.Lock()
         self.reclaimer = Reclaimer()
         cdef int error = reactor_open(&self.worker, &self.reclaimer.state, survive_sigbus)
         if error:
+            reactor_close(&self.worker)
             raise OSError(error, os.strerror(error))
-        self.thread = threading.Thread(target=_run, args=(self,), name="balloon-worker", daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=_run, args=(self,), name="balloon-worker", daemon=True)
+        try:
+            thread.start()
+        except BaseException:
+            reactor_close(&self.worker)
+            raise
+        self.thread = thread
         _alive.add(self)
 
     def __dealloc__(self):
@@ -138,52 +159,85 @@ cdef class Worker:
         """An eventfd that is readable when `take_events()` has something."""
         return self.worker.event_fd
 
-    def attach(self, DataQueue queue not None, int kick_fd, int call_fd=-1):
+    def attach(self, DataQueue queue not None, int kick_fd, int call_fd=-1, double timeout=10.0):
         """Own `queue` from now on: drain it once, then at every kick.
 
-        The fds stay the caller's, and have to stay open until the queue is detached; `kick_fd` is never
-        read. -1 stands for no kick (the queue is drained once) and for no call.
+        `kick_fd` is never read, so that kicks of a detached queue stay in it; the worker has a duplicate of
+        its own. `call_fd` stays the caller's, and has to stay open until it is replaced or the queue is
+        detached. -1 stands for no kick (the queue is drained once) and for no call.
 
-        :raise StateError: the queue has an owner, or the other queues of its device have another one.
+        :raise StateError: the queue, or another one of its device, has an owner; it was stopped; or a
+            drain of it did not end in time.
         :raise ConfigError: the kick fd cannot be waited on.
+        :raise OSError: an fd is not open.
         """
         cdef _Attachment attachment
+        cdef int error
         self.check()
-        check_process(queue.plane.generation)
-        if queue.worker is not None:
-            raise StateError(f"queue {queue.index} is attached already")
-        if queue.plane.worker is not None and queue.plane.worker is not self:
-            raise StateError("all data queues of one device have the same worker")
-        if kick_fd >= 0 and stat.S_ISREG(os.fstat(kick_fd).st_mode):
-            raise ConfigError(f"queue {queue.index}: a regular file cannot be waited on for kicks")
+        queue.check_running()
         attachment = _Attachment(queue)
-        attachment.slot.kick_fd = kick_fd
-        attachment.slot.call_owed = queue.queue.notify
-        queue.queue.notify = False
-        set_call_fd(attachment, call_fd)
-        self.post(COMMAND_ATTACH, attachment)
-        self.attachments[<uintptr_t>&attachment.slot] = attachment
-        queue.worker = attachment
-        queue.plane.worker = self
+        attachment.kick_fd = kick_fd
+        attachment.set_call(call_fd)
+        kick = os.dup(kick_fd) if kick_fd >= 0 else -1
+        # Where this worker owns the device already, no other thread can be in a drain of it, and the wait
+        # for a slice of another queue is spared.
+        cdef bint taken = queue.plane.worker is not self
+        try:
+            if taken:
+                queue.plane.take(timeout)
+            try:
+                # No other Python thread runs between these checks and what follows them.
+                self.check()
+                queue.check_running()
+                if self.closing:
+                    raise StateError("this worker is being closed")
+                if queue.worker is not None:
+                    raise StateError(f"queue {queue.index} is attached already")
+                if queue.plane.worker is not self and (queue.plane.worker is not None or not taken):
+                    raise StateError("all data queues of one device have the same worker")
+                attachment.slot.kick_fd = kick
+                error = reactor_watch(&self.worker, &attachment.slot)
+                if error:
+                    raise ConfigError(f"fd {kick_fd} cannot be waited on for kicks: {os.strerror(error)}")
+                self.attachments[<uintptr_t>&attachment.slot] = attachment
+                queue.worker = attachment
+                queue.plane.worker = self
+                self.post(COMMAND_ATTACH, attachment)
+            finally:
+                if taken:
+                    queue.plane.release()
+        except BaseException:
+            if kick >= 0:
+                os.close(kick)
+            raise
 
     cdef _Attachment attachment_of(self, DataQueue queue):
         if queue.worker is None or <uintptr_t>&(<_Attachment>queue.worker).slot not in self.attachments:
             raise StateError(f"queue {queue.index} is not attached to this worker")
         return queue.worker
 
+    def poke(self, DataQueue queue not None):
+        """Look at a queue as if it had been kicked; nothing if it is not attached here."""
+        if queue.worker is not None and self.thread is not None:
+            self.post(COMMAND_POKE, self.attachment_of(queue))
+
     def set_call(self, DataQueue queue not None, int call_fd):
         """Send the notifications of an attached queue elsewhere; the old fd may be closed afterwards."""
         self.check()
-        set_call_fd(self.attachment_of(queue), call_fd)
+        self.attachment_of(queue).set_call(call_fd)
 
     def detach(self, DataQueue queue not None):
         """Ask for a queue back; a "detached" event with the token that this returns says when it is.
 
         The slice under way ends, the rest of its chain is not discarded, popped heads are used, and nothing
         more is popped. Asking twice gives the same token.
+
+        :raise StateError: the queue is not attached to this worker.
         """
         self.check()
-        cdef _Attachment attachment = self.attachment_of(queue)
+        return self.let_go(self.attachment_of(queue))
+
+    cdef int let_go(self, _Attachment attachment) except -1:
         if not attachment.token:
             self.tokens += 1
             attachment.token = self.tokens
@@ -192,26 +246,30 @@ cdef class Worker:
         return attachment.token
 
     def wait_detached(self, DataQueue queue not None, double timeout=10.0):
-        """Detach a queue, wait without the GIL until it is, and return its (kick fd, call fd).
+        """Detach a queue, wait without the GIL until it is, and return the (kick fd, call fd) that it had.
 
         The "detached" event is consumed.
 
-        :raise StateError: it did not end in time, or the queue is not attached.
+        :raise StateError: it did not end in time, and will be detached later; or it is not attached here.
         """
-        token = self.detach(queue)
-        cdef _Attachment attachment = queue.worker
-        wanted = ("detached", queue, token)
+        self.check()
+        cdef _Attachment attachment = self.attachment_of(queue)
+        wanted = ("detached", queue, self.let_go(attachment))
         until = time.monotonic() + timeout
-        while True:
-            self.collect()
-            if wanted in self.events:
-                self.events.remove(wanted)
-                if self.events:
-                    ring_bell(self.worker.event_fd)
-                return attachment.slot.kick_fd, attachment.slot.call_fd
-            if time.monotonic() > until:
-                raise StateError(f"queue {queue.index}: a drain did not end within {timeout:g} seconds")
-            time.sleep(0.0002)
+        try:
+            while True:
+                self.collect()
+                if attachment.done:
+                    with self.collecting:
+                        if wanted in self.events:  # else whoever takes events has it already
+                            self.events.remove(wanted)
+                    return attachment.kick_fd, attachment.slot.call_fd
+                if time.monotonic() > until:
+                    raise StateError(f"queue {queue.index}: a drain did not end within {timeout:g} seconds")
+                time.sleep(0.0002)
+        finally:
+            if self.events:
+                ring_bell(self.worker.event_fd)
 
     cdef int collect(self) except -1:
         """Turn what the worker has left into events. No Python runs under the worker's lock."""
@@ -247,7 +305,10 @@ cdef class Worker:
         """The queue is nobody's again."""
         attachment.queue.queue.notify = attachment.slot.call_owed
         attachment.queue.worker = None
+        attachment.done = True
         del self.attachments[<uintptr_t>&attachment.slot]
+        if attachment.slot.kick_fd >= 0:
+            os.close(attachment.slot.kick_fd)
         for other in self.attachments.values():
             if (<_Attachment>other).queue.plane is attachment.queue.plane:
                 return
@@ -261,28 +322,32 @@ cdef class Worker:
         """
         self.check()
         self.collect()
-        events, self.events = self.events, []
+        with self.collecting:
+            events, self.events = self.events, []
         return events
 
     def close(self, double timeout=10.0):
         """End the thread; every queue is detached. A second call does nothing.
 
-        :raise StateError: a drain did not end in time; the thread goes on.
+        :raise StateError: a drain did not end in time; the thread goes on, and nothing more is attached.
         """
-        if self.thread is None or self.generation != process_generation():
+        if self.generation != process_generation():
             return
-        for attachment in list(self.attachments.values()):
-            self.detach((<_Attachment>attachment).queue)
-        self.post(COMMAND_STOP, None)
-        self.thread.join(timeout)
-        if self.thread.is_alive():
-            raise StateError(f"a drain did not end within {timeout:g} seconds; the worker goes on")
-        self.collect()
-        self.thread = None
-        _alive.discard(self)
-        os.close(self.worker.epoll_fd)
-        os.close(self.worker.wake_fd)
-        os.close(self.worker.event_fd)
+        with self.ending:
+            if self.thread is None:
+                return
+            if not self.closing:
+                self.closing = True
+                for attachment in list(self.attachments.values()):
+                    self.let_go(attachment)
+                self.post(COMMAND_STOP, None)
+            self.thread.join(timeout)
+            if self.thread.is_alive():
+                raise StateError(f"a drain did not end within {timeout:g} seconds; the worker goes on")
+            self.collect()
+            self.thread = None
+            _alive.discard(self)
+            reactor_close(&self.worker)
 
 
 def _run(Worker worker):

@@ -16,10 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 
-from balloon._memory import GuestMap
 from balloon._queue import DataPlane, DataQueue
 from balloon._ring import SplitRing
-from balloon.errors import ConfigError, GuestError, RingError, StateError
+from balloon.errors import ConfigError, GuestError, StateError
 from balloon.memory import GuestMemory
 from balloon.spec import (
     CONFIG_BYTES_BASE,
@@ -127,11 +126,13 @@ class Balloon:
         self._actual_pages = 0
         self._poison: int | None = None
         self._plane = DataPlane()
-        self._queues: dict[int, DataQueue] = {}
+        self._failed = False
+        self._fault_told = False
+        self._owed: set[int] = set()
         self._counted = Counters()
         self._check_target(target_bytes)
         struct.pack_into("<I", self._config, Config.NUM_PAGES, target_bytes >> PAGE_SHIFT)
-        memory._users.add(self)
+        memory._users.add(self._plane)
 
     # Negotiation.
 
@@ -156,15 +157,15 @@ class Balloon:
             raise GuestError(
                 f"the driver accepted features that were not offered: {surplus:#x}", section="Feature Bits"
             )
-        if self._queues:
+        if self._plane.queues:
             raise StateError("features cannot change while a queue runs: stop it first")
         self._accepted = Feature(features)
         self._apply_poison()
 
     @property
     def status(self) -> int:
-        """The device status bits."""
-        return int(self._status)
+        """The device status bits; NEEDS_RESET from a queue's fault to the reset (A2)."""
+        return int(self._status | (Status.NEEDS_RESET if self._has_fault() else 0))
 
     def write_status(self, status: int) -> Effect:
         """The driver writes the device status; 0 resets the device.
@@ -187,8 +188,12 @@ class Balloon:
 
         :raise StateError: a worker owns a queue; detach it first.
         """
-        for index in tuple(self._queues):
+        if self._plane.worker is not None:
+            raise StateError("a worker owns queues of this device: detach them first")
+        for index in tuple(self._plane.queues):
             self.stop_queue(index)
+        self._owed.clear()
+        self._failed = self._fault_told = False
         self._accepted = Feature(0)
         self._status = Status(0)
         self._actual_pages = 0
@@ -316,23 +321,25 @@ class Balloon:
         role = self.role(index)
         if role is None:
             raise ConfigError(f"queue {index} does not exist with the features {self.driver_features:#x}")
-        if index in self._queues:
+        if index in self._plane.queues:
             raise StateError(f"queue {index} is running: stop it first")
         if role is Role.REPORTING and size < REPORTING_CAPACITY:
             raise ConfigError(
                 f"queue {index} is for reporting and has {size} entries: Linux needs {REPORTING_CAPACITY}"
             )
-        ring = SplitRing(
-            self.memory.map,
-            size=size,
-            descriptor_address=descriptor_address,
-            available_address=available_address,
-            used_address=used_address,
-            event_idx=bool(self._accepted & Feature.EVENT_IDX),
-            indirect=bool(self._accepted & Feature.INDIRECT_DESC),
-            next_available=next_available,
-        )
-        self._queues[index] = DataQueue(self._plane, ring, index=index, role=role)
+        with self.memory._lock:  # else the queue could stay on a map that is just going out of use
+            ring = SplitRing(
+                self.memory.map,
+                size=size,
+                descriptor_address=descriptor_address,
+                available_address=available_address,
+                used_address=used_address,
+                event_idx=bool(self._accepted & Feature.EVENT_IDX),
+                indirect=bool(self._accepted & Feature.INDIRECT_DESC),
+                next_available=next_available,
+            )
+            DataQueue(self._plane, ring, index=index, role=role, owed=index in self._owed)
+        self._owed.discard(index)
 
     def stop_queue(self, index: int) -> int:
         """Take queue `index` out of work, once no drain is on it; returns its next available index.
@@ -341,9 +348,10 @@ class Balloon:
         :raise StateError: a worker owns it, or a drain did not end in time.
         """
         queue = self.queue(index)
-        queue.stop()
+        if queue.stop():
+            self._owed.add(index)  # the driver sleeps until whoever starts the ring again notifies it
+        self._failed = self._failed or bool(queue.fault)
         self._counted = add_counters(self._counted, queue.counts())
-        del self._queues[index]
         return queue.next_available
 
     def queue(self, index: int) -> DataQueue:
@@ -352,14 +360,14 @@ class Balloon:
         :raise ConfigError: it does not run.
         """
         try:
-            return self._queues[index]
+            return self._plane.queues[index]
         except KeyError:
             raise ConfigError(f"queue {index} does not run") from None
 
     @property
     def queues(self) -> Mapping[int, DataQueue]:
         """The queues that run, by index."""
-        return dict(self._queues)
+        return dict(self._plane.queues)
 
     def notify(self, index: int) -> Effect:
         """Serve queue `index` in this thread: the driver has kicked it.
@@ -369,8 +377,10 @@ class Balloon:
 
         :raise StateError: a worker owns queues of this device.
         """
-        queue = self._queues.get(index)
-        if queue is None or not self._status & Status.DRIVER_OK or self._status & Status.NEEDS_RESET:
+        if self._has_fault():
+            return self._tell_fault()
+        queue = self._plane.queues.get(index)
+        if queue is None or not self._status & Status.DRIVER_OK:
             return Effect.NONE
         failures = queue.failures
         notify, again, fault = queue.serve()
@@ -380,17 +390,29 @@ class Balloon:
         if again:
             effect |= Effect.NOTIFY_AGAIN
         if fault is not Fault.NONE:
-            effect |= self.fault(queue)
+            effect |= self._tell_fault()
         if queue.failures != failures:
             self.look_again()
         return effect
 
     def fault(self, queue: DataQueue) -> Effect:
-        """A queue of this device has stopped, see its `fault`: the device needs a reset (A2, A3)."""
-        if self._status & Status.NEEDS_RESET:
+        """A worker says that a queue has stopped, see its `fault`: the device needs a reset (A2, A3).
+
+        News of a queue from before a reset say nothing of the device after it (CONTRACTS 10).
+        """
+        return self._tell_fault() if queue in self._plane.queues.values() else Effect.NONE
+
+    def _has_fault(self) -> bool:
+        return self._failed or any(queue.fault for queue in tuple(self._plane.queues.values()))
+
+    def _tell_fault(self) -> Effect:
+        """What its owner has to do about a fault, once."""
+        if self._fault_told:
             return Effect.NONE
-        self._status |= Status.NEEDS_RESET
-        return Effect.NEEDS_RESET | (Effect.NOTIFY_CONFIG if self._status & Status.DRIVER_OK else Effect.NONE)
+        self._fault_told = True
+        if self._status & Status.DRIVER_OK:
+            return Effect.NEEDS_RESET | Effect.NOTIFY_CONFIG
+        return Effect.NEEDS_RESET
 
     def look_again(self) -> None:
         """The kernel has refused a range: find out anew, once, what backs the memory (CONTRACTS 16)."""
@@ -400,27 +422,9 @@ class Balloon:
     def counters(self) -> Counters:
         """What the device has done so far. Takes no lock that a drain waits for."""
         total = self._counted
-        for queue in tuple(self._queues.values()):
+        for queue in tuple(self._plane.queues.values()):
             total = add_counters(total, queue.counts())
         return total
-
-    def _remap(self, memory: GuestMap, timeout: float) -> None:
-        """Put every queue on another map; one whose ring is not in it stops (CONTRACTS 4)."""
-        worker = self._plane.worker
-        queues = self._queues.values()
-        attached = [
-            (queue, worker, worker.wait_detached(queue, timeout))
-            for queue in queues
-            if worker is not None and queue.worker is not None
-        ]
-        for queue in queues:
-            try:
-                queue.move(memory, timeout)
-            except RingError:
-                queue.fail(Fault.RING_ADDRESS, memory, timeout)
-                self.fault(queue)
-        for queue, owner, (kick_fd, call_fd) in attached:
-            owner.attach(queue, kick_fd, call_fd)
 
 
 def add_counters(total: Counters, counts: Mapping[str, Any]) -> Counters:

@@ -25,13 +25,13 @@ import mmap
 import os
 import re
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
-from balloon._memory import BufferHold, GuestMap
-from balloon._reclaim import probe_punch
+from balloon._memory import BufferHold, GuestMap, file_page_bytes, probe_punch
 from balloon.errors import ConfigError, StateError
 
 __all__ = ["FdRegion", "GuestMemory", "Region"]
@@ -71,32 +71,41 @@ def read_mappings(start: int, end: int) -> list[Mapping]:
     return found
 
 
-def classify(mapping: Mapping, fd: int, shared_file: bool) -> tuple[str, str]:
-    """The reclaim method for a mapping, and why it is "none" if it is."""
+def has_locked_memory() -> bool:
+    """Whether anything in this process is locked; costs nothing, unlike a look at smaps."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        return any(line.startswith("VmLck:") and int(line.split()[1]) for line in status)
+
+
+OTHERS_MAY_MAP: Final = "a file with a name, which others may map (shared_file=True allows it)"
+
+
+def classify(mapping: Mapping, shared_file: bool) -> tuple[str, str]:
+    """The reclaim method for a mapping of which the fd is not known, and why it is "none" if it is."""
     if "lo" in mapping.flags:
         return "none", "the memory is locked (mlock)"
     if mapping.flags & {"um", "uw", "ui"}:
         return "none", "the memory is registered with userfaultfd"
     if mapping.flags & {"io", "pf"}:
         return "none", "device memory"
-    shared = mapping.permissions[3] == "s"
-    if not shared:
+    if mapping.permissions[3] != "s":
         if mapping.inode == 0 or mapping.path == "/anon_hugepage (deleted)":
             return "dontneed", ""
         return "none", "a private mapping of a file: a discard would bring the file's content back"
-    if fd >= 0:
-        # A file without a name has no user but those who were handed it.
-        if os.fstat(fd).st_nlink and not shared_file:
-            return "none", "a file with a name, which others may map (shared_file=True allows it)"
-        refused = probe_punch(fd, mapping.page_bytes)
-        if not refused:
-            return "punch", ""
-        why = {errno.EPERM: "the file is sealed against writing", errno.EBADF: "the fd is not writable"}
-        return "none", why.get(refused, f"no holes can be punched into the file: {os.strerror(refused)}")
     ours = mapping.path.startswith(("/dev/zero", "/memfd:", "/anon_hugepage", "/SYSV"))
-    if ours or shared_file:
-        return "remove", ""
-    return "none", "a file with a name, which others may map (shared_file=True allows it)"
+    return ("remove", "") if ours or shared_file else ("none", OTHERS_MAY_MAP)
+
+
+def classify_fd(fd: int, page_bytes: int, shared_file: bool) -> tuple[str, str]:
+    """The reclaim method for a file that is mapped here, shared, and why it is "none" if it is."""
+    # A file without a name has no user but those who were handed it.
+    if os.fstat(fd).st_nlink and not shared_file:
+        return "none", OTHERS_MAY_MAP
+    refused = probe_punch(fd, page_bytes)
+    if not refused:
+        return "punch", ""
+    why = {errno.EPERM: "the file is sealed against writing", errno.EBADF: "the fd is not writable"}
+    return "none", why.get(refused, f"no holes can be punched into the file: {os.strerror(refused)}")
 
 
 @dataclass
@@ -156,28 +165,21 @@ class Region:
         return max(piece.page_bytes for piece in self.pieces)
 
     def _find_pieces(self) -> None:
-        """Split the region by the mappings that it lies in."""
+        """Split the region by the mappings that it lies in; a file that we have mapped is one."""
         end = self.host_address + self.size
         here = self.host_address
-        for mapping in read_mappings(here, end):
+        if self.fd >= 0:
+            # Not from smaps: the kernel walks the page tables of the whole process for that.
+            page_bytes = file_page_bytes(self.fd)
+            method, reason = self._classify_file(here, page_bytes)
+            here = self._add_piece(here, self.size, page_bytes, method, reason)
+        for mapping in () if here == end else read_mappings(here, end):
             if mapping.start > here:
                 break
             if mapping.permissions[:2] != "rw":
                 raise ConfigError(f"guest memory at {self.guest_address:#x} is not mapped writable")
-            method, reason = classify(mapping, self.fd, self.shared_file)
-            size = min(mapping.end, end) - here
-            self.pieces.append(
-                Piece(
-                    self.guest_address + (here - self.host_address),
-                    size,
-                    here,
-                    self.offset + (here - self.host_address),
-                    mapping.page_bytes,
-                    method,
-                    reason,
-                )
-            )
-            here += size
+            method, reason = classify(mapping, self.shared_file)
+            here = self._add_piece(here, min(mapping.end, end) - here, mapping.page_bytes, method, reason)
         if here < end:
             raise ConfigError(f"guest memory at {self.guest_address:#x} is not mapped in this process")
         for piece in self.pieces:
@@ -186,6 +188,31 @@ class Region:
                     f"the region at {self.guest_address:#x} has to start and end at a page of "
                     f"{piece.page_bytes} bytes: use mmap.mmap, a memfd or aligned memory"
                 )
+
+    def _add_piece(self, here: int, size: int, page_bytes: int, method: str, reason: str) -> int:
+        """Add the part of the region that begins at an address; returns where the next one begins."""
+        into = here - self.host_address
+        self.pieces.append(
+            Piece(self.guest_address + into, size, here, self.offset + into, page_bytes, method, reason)
+        )
+        return here + size
+
+    def _classify_file(self, address: int, page_bytes: int) -> tuple[str, str]:
+        """The method for a file that we have mapped: a hole would be punched although it is locked."""
+        if has_locked_memory():
+            for mapping in read_mappings(address, address + 1):
+                if "lo" in mapping.flags:
+                    return classify(mapping, self.shared_file)
+        return classify_fd(self.fd, page_bytes, self.shared_file)
+
+    def _look_again(self, piece: Piece) -> tuple[str, str]:
+        """Find out anew what backs a piece of the region."""
+        if self.fd >= 0:
+            return self._classify_file(piece.host_address, piece.page_bytes)
+        found = read_mappings(piece.host_address, piece.host_address + 1)
+        return (
+            classify(found[0], self.shared_file) if found else ("none", "the memory is not mapped any more")
+        )
 
     def _release(self) -> None:
         if self._hold is not None:
@@ -204,9 +231,11 @@ class Region:
 
 
 class MapUser(Protocol):
-    """Whoever holds a map and can be put on another one."""
+    """Whoever serves queues on a map, and can be put on another one between two slices of a drain."""
 
-    def _remap(self, memory: GuestMap, timeout: float) -> None: ...
+    def hold(self, timeout: float) -> None: ...
+    def move(self, memory: GuestMap) -> None: ...
+    def let_go(self) -> None: ...
 
 
 class GuestMemory:
@@ -310,6 +339,8 @@ class GuestMemory:
         mapped: list[Region] = []
         with self._lock:
             old = self._regions
+            if self._closed and regions:
+                raise StateError("this guest memory is closed")
             try:
                 for wanted in regions:
                     mapped.append(map_fd(wanted))
@@ -333,8 +364,9 @@ class GuestMemory:
     def resident_bytes(self) -> int:
         """What the host holds for the guest now, by mincore(2): bytes in memory, over all regions.
 
-        For memory that several processes share it counts what any of them put there. Takes about a
-        millisecond for each GiB, and no lock that a drain waits for.
+        For memory that several processes share it counts what any of them put there; on hugetlbfs the
+        kernel tells only what this process has touched. Takes about a millisecond for each GiB, and no lock
+        that a drain waits for.
         """
         memory = self._map
         return sum(memory.resident_bytes(index) for index in range(len(memory)))
@@ -351,14 +383,9 @@ class GuestMemory:
                 if not piece.looked:
                     piece.looked = True
                     region = next(one for one in self._regions if piece in one.pieces)
-                    found = read_mappings(piece.host_address, piece.host_address + 1)
-                    if found:
-                        method, reason = classify(found[0], region.fd, region.shared_file)
-                        if method == was:
-                            method = "none"  # it looks as before, and yet was refused
-                        else:
-                            piece.reason = reason
-                        piece.method = method
+                    method, reason = region._look_again(piece)
+                    if method != was:  # else it looks as before, and yet was refused
+                        piece.method, piece.reason = method, reason
                 self._map.set_method(index, piece.method)
 
     def _add(self, region: Region) -> Region:
@@ -366,8 +393,8 @@ class GuestMemory:
             try:
                 if self._closed:
                     raise StateError("this guest memory is closed")
-                if region.guest_address < 0:
-                    raise ConfigError(f"a guest address of {region.guest_address} cannot be")
+                if region.guest_address < 0 or region.size == 0:
+                    raise ConfigError(f"{region.size} bytes at guest address {region.guest_address}")
                 region._find_pieces()
                 self._swap([*self._regions, region], TIMEOUT)
             except BaseException:
@@ -376,7 +403,7 @@ class GuestMemory:
         return region
 
     def _swap(self, regions: Sequence[Region], timeout: float) -> None:
-        """Put every device on a new map; only then is the old one out of use."""
+        """Put every device on a new map, or, where one does not become quiet in time, none of them."""
         ordered = tuple(sorted(regions, key=lambda region: region.guest_address))
         pieces = [piece for region in ordered for piece in region.pieces]
         rows = [
@@ -385,11 +412,18 @@ class GuestMemory:
             for one in region.pieces
         ]
         new = GuestMap(rows, ordered)  # which keeps them alive for as long as a queue is on it
-        for user in tuple(self._users):
-            user._remap(new, timeout)
-        self._map = new
-        self._regions = ordered
-        self._pieces = pieces
+        until = time.monotonic() + timeout
+        held: list[MapUser] = []
+        try:
+            for user in tuple(self._users):
+                user.hold(until - time.monotonic())
+                held.append(user)
+            for user in held:
+                user.move(new)
+            self._map, self._regions, self._pieces = new, ordered, pieces
+        finally:
+            for user in held:
+                user.let_go()
 
 
 def map_fd(wanted: FdRegion) -> Region:

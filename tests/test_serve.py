@@ -618,7 +618,6 @@ def test_truncated_memory_costs_its_own_device_only(running: Running, path: Path
         running.wait("disconnected")
 
 
-@pytest.mark.xfail(reason="SplitRing reads the used index unguarded", strict=False)
 def test_memory_truncated_before_a_ring_starts_does_not_end_the_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TRUNCATE_FIRST)
