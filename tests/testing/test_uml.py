@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -512,12 +512,16 @@ def test_a_guest_that_dies_is_not_taken_for_powered_off(fake: UmlGuest) -> None:
 
 
 @pytest.mark.e2e
-def test_a_real_guest_boots_works_and_ends(tmp_path: Path) -> None:
+def test_a_real_guest_boots_works_and_ends(
+    tmp_path: Path, require: Callable[[str, object, str], None]
+) -> None:
+    why = ""
     try:
         guest_files = find_uml()
         memory_folder, _ = choose_memory_folder(320 * MIB)
     except UmlUnavailable as error:
-        pytest.skip(str(error))
+        why = str(error)
+    require("uml", not why, why)
     with UmlGuest(
         guest_files, memory_bytes=256 * MIB, socket_path=None, folder=tmp_path, memory_folder=memory_folder
     ) as guest:
