@@ -69,7 +69,7 @@ asan: build
 	    { echo "$$log" >&2; exit 1; }
 	$(ASAN_RUN) tests/asan_canary.py $(ASAN_LIB)
 	BALLOON_EXPECT_BUILD=$(CURDIR)/$(ASAN_LIB) $(ASAN_RUN) -m pytest --capture=sys \
-	    -m 'not e2e' --ignore=tests/e2e --ignore=tests/test_house.py tests $(PYTEST_ARGS)
+	    -m 'not e2e and not slow' --ignore=tests/e2e --ignore=tests/test_house.py tests $(PYTEST_ARGS)
 
 lint: build
 	$(BIN)/python -m pytest -q -m 'not slow' tests/test_house.py $(PYTEST_ARGS)

@@ -178,14 +178,14 @@ def choose_memory_folder(need_bytes: int) -> tuple[Path, str]:
         return Path(override), f"{override}: set by BALLOON_GUEST_MEMORY_DIR"
     why_not = "not a tmpfs" if not _is_tmpfs(_SHARED_MEMORY) else _unfit(_SHARED_MEMORY, need_bytes)
     if not why_not:
-        return _SHARED_MEMORY, f"{_SHARED_MEMORY}: a tmpfs with {need} free"
+        return _SHARED_MEMORY, f"{_SHARED_MEMORY}: a tmpfs with at least {need} free"
     disk = Path(tempfile.gettempdir())
     if why := _unfit(disk, need_bytes):
         raise UmlUnavailable(
             f"no place for a guest's memory of {need} ({_SHARED_MEMORY}: {why_not}; {disk}: {why}): "
             "make room, or set BALLOON_GUEST_MEMORY_DIR to a folder on a tmpfs, without noexec"
         )
-    return disk, f"{disk}: has {need} free, slower than memory ({_SHARED_MEMORY}: {why_not})"
+    return disk, f"{disk}: has at least {need} free, slower than memory ({_SHARED_MEMORY}: {why_not})"
 
 
 def _unfit(folder: Path, need_bytes: int) -> str:
