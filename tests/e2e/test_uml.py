@@ -215,6 +215,50 @@ def test_an_unloaded_and_reloaded_driver_works_again(uml: tuple[UmlFiles, Path],
         wait_returned(guest, peak, 0.9 * 200 * MIB)
 
 
+def test_pitfall_11_a_reloaded_driver_does_not_report_again(uml: tuple[UmlFiles, Path], tmp_path: Path) -> None:
+    """Pages that were reported once stay marked in the guest: a fresh device hears nothing, and waits well."""
+    with booted(uml, tmp_path) as (guest, server):
+        peak = fill_and_free(guest, 200)
+        wait_returned(guest, peak, 0.9 * 200 * MIB)
+        wait_until(lambda: quiet_for(server, 5), lambda: "the guest reports without end")
+        held, reported = guest.memory_file_bytes(), server.device.counters.reported_bytes
+        guest.run("rmmod virtio_balloon")
+        guest.load_balloon()
+        wait_until(lambda: quiet_for(server, 5), lambda: "the guest reports without end")
+        assert server.device.counters.reported_bytes - reported < 64 * MIB
+        assert guest.memory_file_bytes() - held < 16 * MIB
+
+
+def quiet_for(server: Served, seconds: float) -> bool:
+    """Whether nothing was reported for so long: Linux reports every two seconds."""
+    before = server.device.counters.reported_bytes
+    time.sleep(seconds)
+    return server.device.counters.reported_bytes == before
+
+
+def test_pitfall_15_deflate_on_oom_stays_until_the_target_changes(
+    uml: tuple[UmlFiles, Path], tmp_path: Path
+) -> None:
+    size = 300 * MIB
+
+    def make_device(memory: GuestMemory) -> Balloon:
+        return Balloon(memory, deflate_on_oom=True, target_bytes=size)
+
+    with booted(uml, tmp_path, make_device) as (guest, server):
+        assert guest.features() & Feature.DEFLATE_ON_OOM
+        wait_until(lambda: server.device.actual_bytes == size, lambda: str(server.device.actual_bytes))
+        guest.run("dd if=/dev/zero of=/mnt/fill bs=1M count=240 2>/dev/null", timeout=120)
+        lower = server.device.actual_bytes
+        assert lower < size  # the guest took pages back instead of killing somebody
+        guest.run("rm /mnt/fill")
+        time.sleep(3)
+        assert server.device.actual_bytes == lower  # and keeps them, though the target is still higher
+        server.set_target(size - 4 * MIB)
+        wait_until(
+            lambda: server.device.actual_bytes == size - 4 * MIB, lambda: str(server.device.actual_bytes)
+        )
+
+
 def test_a_killed_guest_leaves_the_server_to_the_next(uml: tuple[UmlFiles, Path], tmp_path: Path) -> None:
     files, folder = uml
     socket_path = tmp_path / "s"
