@@ -61,6 +61,7 @@ demo: build guest
 test: build guest
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# A fork of a process with threads can stop for ever in libasan's allocator: what forks is left to `make test`.
 # The in-place build is not touched. What is not native is copied anew, without what is gone from the tree.
 asan: build
 	echo 'balloon: building sanitized modules into $(ASAN_LIB)'
@@ -69,7 +70,8 @@ asan: build
 	    { echo "$$log" >&2; exit 1; }
 	$(ASAN_RUN) tests/asan_canary.py $(ASAN_LIB)
 	BALLOON_EXPECT_BUILD=$(CURDIR)/$(ASAN_LIB) $(ASAN_RUN) -m pytest --capture=sys \
-	    -m 'not e2e and not slow' --ignore=tests/e2e --ignore=tests/test_house.py tests $(PYTEST_ARGS)
+	    -m 'not e2e and not slow' --ignore=tests/e2e --ignore=tests/test_house.py --ignore=tests/test_races.py \
+	    -k 'not fork and not child' tests $(PYTEST_ARGS)
 
 lint: build
 	$(BIN)/python -m pytest -q -m 'not slow' tests/test_house.py $(PYTEST_ARGS)
