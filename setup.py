@@ -13,12 +13,18 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 MODULES = [
+    "balloon._bell",
     "balloon._drain",
+    "balloon._fill",
+    "balloon._hints",
     "balloon._memory",
+    "balloon._parts",
+    "balloon._plane",
     "balloon._queue",
     "balloon._reactor",
     "balloon._reclaim",
     "balloon._ring",
+    "balloon._statistics",
     "balloon._worker",
     "balloon.testing._shared",
 ]

@@ -11,7 +11,8 @@ try:
 except ImportError as _error:  # an unbuilt tree
     raise ImportError(f"the native modules of balloon are not built ({_error}): run `make`") from _error
 
-from balloon.device import Balloon, Counters, Effect
+from balloon.counters import Counters
+from balloon.device import Balloon, Effect
 from balloon.errors import (
     BalloonError,
     ConfigError,

@@ -20,6 +20,11 @@ static inline uint64_t load_once_u64(const void *p) { return le64toh(((const bal
 static inline void store_once_u16(void *p, uint16_t v) { ((balloon_u16 *)p)->v = htole16(v); }
 static inline void store_once_u32(void *p, uint32_t v) { ((balloon_u32 *)p)->v = htole32(v); }
 
+/* Legacy guests have their own byte order in rings and payloads. */
+static inline uint16_t swap_u16(uint16_t v) { return __builtin_bswap16(v); }
+static inline uint32_t swap_u32(uint32_t v) { return __builtin_bswap32(v); }
+static inline uint64_t swap_u64(uint64_t v) { return __builtin_bswap64(v); }
+
 /* Ring indices are aligned: checked when the ring is configured. */
 static inline uint16_t load_acquire_u16(const void *p) {
     return le16toh(__atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE));

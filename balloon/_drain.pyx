@@ -5,194 +5,157 @@ a stop request waiting (CONTRACTS 6). A slice pops chains, collects their ranges
 the kernel, and only then publishes the chains that were finished: all discards of a chain end before its
 used index is published, and nothing touches its pages afterwards (CONTRACTS 14).
 
+Where a before-release hook is set, a slice ends before the system calls and goes on with the verdict; where
+a rate is set, one begins only while there is credit. Until then the ring waits, and others go on.
+
 Whatever a guest writes, every popped head is used once, nothing outside its own memory is touched, and the
 queue makes progress or stops with a fault.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc
+from libc.string cimport memcpy
 
-from balloon._memory cimport map_find, region_t
-from balloon._reclaim cimport reclaim_add, reclaim_flush, reclaim_full, reclaim_t
-from balloon._ring cimport (
-    desc_t, split_listen, split_pop, split_publish, split_push, split_silence,
+from balloon._fill cimport (
+    RELEASE_ASKED, RELEASE_DECIDED, RELEASE_NONE, NEWS_RELEASE, NEWS_STATS, count_fault, device_t,
+    fill_deflate, fill_inflate, fill_report, queue_t, stats_t,
 )
+from balloon._hints cimport fill_hints
+from balloon._parts cimport parts_whole
+from balloon._reclaim cimport range_t, reclaim_flush, reclaim_full, reclaim_settle, reclaim_t
+from balloon._ring cimport split_listen, split_pending, split_pop, split_publish, split_push, split_silence
 from balloon._spec cimport (
-    DESC_F_WRITE, FAULT_DIRECTION, FAULT_NONE, FAULT_OUTSIDE_MEMORY, FAULT_PARTIAL_PFN, PAGE_SHIFT,
-    ROLE_INFLATE, ROLE_REPORTING, SLICE_BYTES,
+    FAULT_NONE, FAULT_STATS_SURPLUS, PAGE_SHIFT, ROLE_DEFLATE, ROLE_HINTING, ROLE_INFLATE, ROLE_REPORTING,
+    ROLE_STATS, SLICE_RANGES,
 )
+from balloon._statistics cimport fill_stats
 
 cdef extern from "_atomics.h" nogil:
-    uint8_t load_once_u8(const void *p)
-    uint32_t load_once_u32(const void *p)
     int flag_load(const int *p)
+    void flag_store(int *p, int v)
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *now)
+    int CLOCK_MONOTONIC
+
+cdef enum:
+    SECOND = 1000000000
 
 
-cdef void count_fault(queue_t *q, int fault) noexcept nogil:
-    q.counters.faults[fault] += 1
+cdef unsigned long long monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * SECOND + <uint64_t>now.tv_nsec
 
 
-cdef uint64_t add_range(queue_t *q, reclaim_t *r, uint64_t address, uint64_t size) noexcept nogil:
-    """Add the first part of a guest range; returns how much of it that was. The range does not wrap."""
-    cdef region_t *region = map_find(q.map, address)
-    cdef uint64_t piece, room, page, start, end
-    r.work += 1
-    if region == NULL or (region.guest > address and region.guest - address >= size):
-        piece = size
-    elif region.guest > address:
-        piece = region.guest - address
-    else:
-        piece = region.size - (address - region.guest)
-        if piece > size:
-            piece = size
-        start = <uint64_t>region.host + (address - region.guest)
-        room = <uint64_t>SLICE_BYTES - r.bytes
-        if piece > room:  # cut where a page of the backing ends, so that none is lost at the cut
-            page = region.page
-            end = (start + room) & ~(page - 1)
-            if end <= start:
-                end = (start + page) & ~(page - 1)
-            if end - start < piece:
-                piece = end - start
-        reclaim_add(r, region, start, start + piece)
-        return piece
-    count_fault(q, FAULT_OUTSIDE_MEMORY)
-    q.counters.outside_bytes += piece
-    return piece
+# The rate: a bucket that holds what may be discarded in a second; the last slice of it may go below zero.
 
 
-cdef bint enter_descriptor(queue_t *q, desc_t *d, uint32_t direction) noexcept nogil:
-    """First look at a descriptor: count it, and say whether it is one of ours."""
-    q.counters.descriptors += 1
-    if d.flags & DESC_F_WRITE != direction:
-        count_fault(q, FAULT_DIRECTION)
+cdef bint has_credit(queue_t *q) noexcept nogil:
+    """Whether a slice may begin now; else `due_ns` says when."""
+    cdef device_t *d = q.device
+    cdef uint64_t now = monotonic_ns()
+    cdef uint64_t passed = now - d.credit_ns
+    if passed >= SECOND:
+        passed = SECOND
+    d.credit_ns = now
+    d.credit += <int64_t>(<double>passed * <double>d.rate / SECOND)
+    if d.credit > <int64_t>d.rate:
+        d.credit = <int64_t>d.rate
+    if d.credit > 0:
+        return True
+    q.due_ns = now + <uint64_t>(<double>(1 - d.credit) * SECOND / <double>d.rate) + 1
+    return False
+
+
+# The before-release hook.
+
+
+cdef bint ask_hook(queue_t *q, reclaim_t *r) noexcept nogil:
+    """Lay what the kernel would be asked for before the hook; true if there is any."""
+    reclaim_settle(r, &q.reclaimed)
+    if r.count == 0:
         return False
-    if q.role == ROLE_REPORTING:
-        q.counters.reported_bytes += d.length
-    if d.length and d.address + (d.length - 1) < d.address:  # what would wrap is not memory
-        count_fault(q, FAULT_OUTSIDE_MEMORY)
-        q.counters.outside_bytes += d.length + d.address
-        d.length = <uint32_t>(0 - d.address)
-    q.entered = True
+    if q.pending == NULL:
+        q.pending = calloc(SLICE_RANGES, sizeof(range_t))
+        if q.pending == NULL:  # nobody can be asked
+            veto(q, r.ranges, r.count)
+            r.count = 0
+            return False
+    memcpy(q.pending, r.ranges, r.count * sizeof(range_t))
+    q.pending_count = r.count
+    q.release = RELEASE_ASKED
+    q.release_number += 1
+    q.news |= NEWS_RELEASE
+    q.due_ns = monotonic_ns() + q.device.hook_timeout_ns
+    r.count = 0
     return True
 
 
-cdef void leave_descriptor(queue_t *q) noexcept nogil:
-    """On to the next descriptor of the chain."""
-    q.position += 1
-    q.offset = 0
-    q.entered = False
+cdef void veto(queue_t *q, const range_t *ranges, uint32_t count) noexcept nogil:
+    cdef uint32_t number
+    for number in range(count):
+        q.counters.vetoed_bytes += ranges[number].end - ranges[number].start
 
 
-cdef bint fill_report(queue_t *q, reclaim_t *r) noexcept nogil:
-    """Add the ranges of a report; true at the chain's end, false when the slice is full."""
-    cdef desc_t *d
-    while q.position < q.ring.chain_length:
-        if reclaim_full(r):
-            return False
-        d = &q.ring.chain[q.position]
-        r.work += 1
-        if not q.entered:
-            if not enter_descriptor(q, d, DESC_F_WRITE):
-                leave_descriptor(q)
-                continue
-            if flag_load(q.keep):
-                q.counters.kept_bytes += d.length
-                leave_descriptor(q)
-                continue
-        while q.offset < d.length:
-            if reclaim_full(r):
-                return False
-            q.offset += add_range(q, r, d.address + q.offset, d.length - q.offset)
-        leave_descriptor(q)
-    return True
+cdef void queue_decide(queue_t *q, const unsigned char *verdict) noexcept nogil:
+    """The hook has spoken: keep the ranges for which it said 0, or all where `verdict` is NULL."""
+    cdef range_t *pending = <range_t *>q.pending
+    cdef uint32_t number
+    cdef uint32_t kept = 0
+    for number in range(q.pending_count):
+        if verdict != NULL and verdict[number]:
+            pending[kept] = pending[number]
+            kept += 1
+        else:
+            veto(q, &pending[number], 1)
+    q.pending_count = kept
+    q.release = RELEASE_DECIDED
 
 
-cdef void add_page(queue_t *q, reclaim_t *r, uint32_t number) noexcept nogil:
-    """Add one page of the balloon by its page frame number."""
-    cdef uint64_t address = <uint64_t>number << PAGE_SHIFT
-    cdef uint64_t start
-    cdef region_t *region = q.region
-    q.counters.inflated_pages += 1
-    if region == NULL or address - region.guest >= region.size:
-        region = map_find(q.map, address)
-        if region == NULL or region.guest > address:
-            r.work += 1
-            count_fault(q, FAULT_OUTSIDE_MEMORY)
-            q.counters.outside_bytes += 1 << PAGE_SHIFT
-            return
-        q.region = region
-    r.work += 1
-    start = <uint64_t>region.host + (address - region.guest)
-    reclaim_add(r, region, start, start + (1 << PAGE_SHIFT))
+cdef void take_back(queue_t *q, reclaim_t *r) noexcept nogil:
+    """What the hook let pass goes to the kernel, after a second look at larger pages.
 
-
-cdef uint64_t add_pages(queue_t *q, reclaim_t *r, uint64_t address, uint64_t size) noexcept nogil:
-    """Decode page frame numbers at `address`; returns the bytes read, or 0 if they are not in memory."""
-    cdef region_t *region = map_find(q.map, address)
-    cdef const char *payload
-    cdef uint64_t room
-    cdef uint64_t done = 0
-    if region == NULL or region.guest > address:
-        return 0
-    payload = region.host + (address - region.guest)
-    room = region.size - (address - region.guest)
-    if size > room:
-        size = room
-    if q.partial_count or size < 4:
-        q.partial[q.partial_count] = load_once_u8(payload)
-        q.partial_count += 1
-        r.work += 1
-        if q.partial_count == 4:
-            q.partial_count = 0
-            add_page(q, r, load_once_u32(q.partial))
-        return 1
-    while size - done >= 4 and not reclaim_full(r):
-        add_page(q, r, load_once_u32(payload + done))
-        done += 4
-    return done
-
-
-cdef bint fill_inflate(queue_t *q, reclaim_t *r) noexcept nogil:
-    """Add the pages of an inflate request; true at the chain's end, false when the slice is full."""
-    cdef desc_t *d
-    cdef uint64_t done
-    while q.position < q.ring.chain_length:
-        if reclaim_full(r):
-            return False
-        d = &q.ring.chain[q.position]
-        r.work += 1
-        if not q.entered and not enter_descriptor(q, d, 0):
-            leave_descriptor(q)
+    They were whole when the hook was asked. Since then the driver may have taken parts of them out of the
+    balloon that had come with requests before these.
+    """
+    cdef range_t *pending = <range_t *>q.pending
+    cdef uint32_t number
+    cdef uint64_t start, page
+    cdef range_t *last
+    q.release = RELEASE_NONE
+    for number in range(q.pending_count):
+        page = pending[number].region.page
+        if q.role != ROLE_INFLATE or page == <uint64_t>1 << PAGE_SHIFT:
+            r.ranges[r.count] = pending[number]
+            r.count += 1
             continue
-        while q.offset < d.length:
-            if reclaim_full(r):
-                return False
-            done = add_pages(q, r, d.address + q.offset, d.length - q.offset)
-            if done == 0:  # the payload is not in memory: the rest of this buffer makes no sense
-                count_fault(q, FAULT_OUTSIDE_MEMORY)
-                q.position = q.ring.chain_length
-                q.partial_count = 0
-                return True
-            q.offset += done
-        leave_descriptor(q)
-    if q.partial_count:
-        q.partial_count = 0
-        count_fault(q, FAULT_PARTIAL_PFN)
-    return True
+        start = pending[number].start
+        while start < pending[number].end:
+            if not parts_whole(q.device.parts, <size_t>(pending[number].region - q.map.regions),
+                               (start - <uint64_t>pending[number].region.host) / page):
+                q.reclaimed.clipped_bytes += page
+            else:
+                last = &r.ranges[r.count - 1] if r.count else NULL
+                if last != NULL and last.region == pending[number].region and last.end == start:
+                    last.end += page
+                elif r.count < SLICE_RANGES:
+                    last = &r.ranges[r.count]
+                    last.region = pending[number].region
+                    last.start = start
+                    last.end = start + page
+                    r.count += 1
+                else:  # more pieces than fit: the rest stays
+                    q.reclaimed.clipped_bytes += page
+            start += page
+    q.pending_count = 0
+    r.settled = True
 
 
-cdef bint fill_deflate(queue_t *q, reclaim_t *r) noexcept nogil:
-    """Count the pages of a deflate request: the host owes nothing, they are faulted in at the next touch."""
-    cdef uint64_t size = 0
-    while q.position < q.ring.chain_length:
-        if enter_descriptor(q, &q.ring.chain[q.position], 0):
-            size += q.ring.chain[q.position].length
-        q.position += 1
-    q.counters.deflated_pages += size >> 2
-    if size & 3:
-        count_fault(q, FAULT_PARTIAL_PFN)
-    r.work += q.ring.chain_length
-    return True
+# Slices.
 
 
 cdef void show_used(queue_t *q) noexcept nogil:
@@ -205,6 +168,54 @@ cdef void show_used(queue_t *q) noexcept nogil:
             q.counters.suppressed_notifications += 1
 
 
+cdef void finish(queue_t *q, reclaim_t *r) noexcept nogil:
+    """Discard, then publish."""
+    cdef uint64_t before = q.reclaimed.advised_bytes
+    reclaim_flush(r, &q.reclaimed)
+    show_used(q)
+    if q.device.rate:
+        q.device.credit -= <int64_t>(q.reclaimed.advised_bytes - before)
+
+
+cdef void hold_statistics(queue_t *q) noexcept nogil:
+    """Keep the buffer that has come; one that was held goes back, since the driver has one at a time."""
+    cdef stats_t *s = q.stats
+    if s.held:
+        count_fault(q, FAULT_STATS_SURPLUS)
+        split_push(q.ring, s.head)
+    s.held = True
+    s.head = q.ring.head
+    q.news |= NEWS_STATS
+
+
+cdef void begin_chain(queue_t *q) noexcept nogil:
+    split_silence(q.ring)
+    q.in_chain = True
+    q.position = 0
+    q.offset = 0
+    q.entered = False
+    q.partial_count = 0
+    q.command_bytes = 0
+    q.counters.chains += 1
+
+
+cdef bint fill(queue_t *q, reclaim_t *r) noexcept nogil:
+    """Go on with the chain; true at its end."""
+    if q.role == ROLE_REPORTING:
+        return fill_report(q, r)
+    if q.role == ROLE_INFLATE:
+        return fill_inflate(q, r)
+    if q.role == ROLE_DEFLATE:
+        return fill_deflate(q, r)
+    if q.role == ROLE_HINTING:
+        return fill_hints(q, r)
+    return fill_stats(q, r)
+
+
+cdef bint discards(const queue_t *q) noexcept nogil:
+    return q.role in (ROLE_INFLATE, ROLE_REPORTING) or (q.role == ROLE_HINTING and q.device.hints.reclaim)
+
+
 cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
     """Serve one slice of a queue. Whoever calls it owns the queue."""
     cdef int got = 1
@@ -213,37 +224,50 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
     cdef bint worked = q.in_chain
     if q.fault != FAULT_NONE:
         return SLICE_FAULT
+    if not flag_load(&q.device.live):  # DRIVER_OK comes with a poke
+        return SLICE_IDLE
+    if q.release == RELEASE_ASKED:
+        if monotonic_ns() < q.due_ns:
+            return SLICE_WAIT
+        queue_decide(q, NULL)  # no answer in time is a veto
+    if q.release == RELEASE_DECIDED:
+        take_back(q, r)
+        finish(q, r)
+        return SLICE_MORE
+    if q.stats != NULL and flag_load(&q.stats.ask):
+        flag_store(&q.stats.ask, 0)
+        if q.stats.held:
+            q.stats.held = False
+            split_push(q.ring, q.stats.head)
+    if q.device.rate and discards(q) and (q.in_chain or split_pending(q.ring)) and not has_credit(q):
+        return SLICE_WAIT
     while True:
         if not q.in_chain:
             got = split_pop(q.ring, q.map)
             if got <= 0:
                 break
             worked = True
-            split_silence(q.ring)
-            q.in_chain = True
-            q.position = 0
-            q.offset = 0
-            q.entered = False
-            q.partial_count = 0
-            q.counters.chains += 1
-        if q.role == ROLE_REPORTING:
-            finished = fill_report(q, r)
-        elif q.role == ROLE_INFLATE:
-            finished = fill_inflate(q, r)
-        else:
-            finished = fill_deflate(q, r)
+            begin_chain(q)
+        finished = fill(q, r)
         if not finished:
             break
+        if q.role == ROLE_STATS:
+            hold_statistics(q)
+        else:
+            split_push(q.ring, q.ring.head)
         q.in_chain = False
-        split_push(q.ring, q.ring.head)
         popped += 1
         if popped == q.ring.size or reclaim_full(r):
             break
-    reclaim_flush(r, &q.reclaimed)
-    show_used(q)
+    if r.count and flag_load(&q.device.hooked) >> q.role & 1 and ask_hook(q, r):
+        return SLICE_WAIT
+    finish(q, r)
     if got < 0:
         count_fault(q, -got)
         q.fault = -got
+        return SLICE_FAULT
+    if q.first_fault != FAULT_NONE and not q.in_chain and flag_load(&q.device.strict):
+        q.fault = q.first_fault
         return SLICE_FAULT
     if worked:
         return SLICE_MORE
@@ -252,8 +276,12 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
 
 cdef void queue_cut(queue_t *q) noexcept nogil:
     """End a chain whose drain was cut short: its head is used, what is left of it is not discarded."""
+    if q.release != RELEASE_NONE:
+        veto(q, <range_t *>q.pending, q.pending_count)
+        q.pending_count = 0
+        q.release = RELEASE_NONE
     if q.in_chain:
         q.in_chain = False
         q.counters.cut_chains += 1
         split_push(q.ring, q.ring.head)
-        show_used(q)
+    show_used(q)

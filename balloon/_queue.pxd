@@ -1,20 +1,9 @@
-from balloon._drain cimport queue_t
+from balloon._fill cimport queue_t
 from balloon._memory cimport GuestMap
-from balloon._pthread cimport pthread_mutex_t
-from balloon._reclaim cimport Reclaimer
+from balloon._plane cimport DataPlane
 from balloon._ring cimport SplitRing
 
-cdef class DataPlane:
-    cdef pthread_mutex_t lock   # held for each slice of a drain, by whoever serves
-    cdef int waiting            # atomic: somebody else wants the lock; a drain lets go at its next slice
-    cdef int keep
-    cdef int generation
-    cdef Reclaimer reclaimer
-    cdef readonly dict queues   # those that run, by index
-    cdef public object worker   # the owner of all of them, or None
-    cdef object __weakref__
-    cdef int take(self, double timeout) except -1
-    cdef void release(self) noexcept
+cdef name_news(int news)
 
 cdef class DataQueue:
     cdef queue_t queue

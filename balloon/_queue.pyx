@@ -1,112 +1,46 @@
-"""Running queues as Python sees them: who owns one, and the lock that keeps a drain and its map apart.
+"""Running queues as Python sees them, and who owns one.
 
 A queue is served either by whoever calls `serve()`, or by the one worker that it is attached to, which then
-is its only owner (CONTRACTS 1). All data queues of one device share a `DataPlane`. Its lock is held for each
-slice of a drain and never between two, so that threads which serve queues of one device take turns, and
-whoever stops a queue, attaches it or puts it on another map waits, with a time-out and without the GIL,
-until the slice under way has ended and no longer. With nothing to do nobody touches the lock.
-
-CONTRACTS 4 makes a new map a command to the worker. The lock gives the same promise, no drain ever sees two
-maps, and needs neither a detach nor a way back from one when another device does not become quiet in time.
+is its only owner (CONTRACTS 1). All queues of one device share a `DataPlane`.
 """
 
 cimport cython
-from libc.errno cimport ETIMEDOUT
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from balloon._drain cimport SLICE_MORE, queue_cut, queue_slice, queue_t
-from balloon._memory cimport GuestMap, check_process, process_generation
-from balloon._pthread cimport (
-    CLOCK_REALTIME, clock_gettime, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_timedlock, pthread_mutex_unlock, timespec,
+from balloon._drain cimport SLICE_MORE, monotonic_ns, queue_cut, queue_decide, queue_slice
+from balloon._fill cimport (
+    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, queue_t, span_t, stats_t,
 )
-from balloon._reclaim cimport Reclaimer, reclaim_t
+from balloon._memory cimport GuestMap, check_process
+from balloon._plane cimport DataPlane
+from balloon._pthread cimport pthread_mutex_lock
+from balloon._reclaim cimport Reclaimer, range_t, reclaim_t
 from balloon._ring cimport SplitRing
-from balloon._spec cimport NOTIFY_SLICES, ROLE_DEFLATE, ROLE_INFLATE, ROLE_REPORTING
+from balloon._spec cimport NOTIFY_SLICES, ROLE_STATS
 
-from balloon.errors import ConfigError, RingError, StateError
+from balloon._plane import check_outside_hook
+from balloon.errors import RingError, StateError
 from balloon.spec import Fault, Role
 
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
-    void flag_add(int *p, int v)
+    void full_fence()
 
 
-@cython.final
-cdef class DataPlane:
-    """What the data queues of one device share: their owner, their lock, their map and the poison rule."""
+OUTCOMES = ("idle", "more", "fault", "wait")  # SLICE_*
+NEWS = (
+    (NEWS_REFUSED, "refused"), (NEWS_FAULT, "fault"), (NEWS_STATS, "stats"), (NEWS_HINTS, "hints"),
+    (NEWS_RELEASE, "release"),
+)
+"""What there may be to tell of a queue, in the order in which it is told."""
 
-    def __cinit__(self):
-        pthread_mutex_init(&self.lock, NULL)
-        self.generation = process_generation()
-        self.queues = {}
-        self.worker = None
 
-    def __dealloc__(self):
-        pthread_mutex_destroy(&self.lock)
-
-    @property
-    def keep_reported(self):
-        """Whether reports are acknowledged without a discard; looked at for each descriptor."""
-        return bool(flag_load(&self.keep))
-
-    @keep_reported.setter
-    def keep_reported(self, bint value):
-        flag_store(&self.keep, value)
-
-    cdef int take(self, double timeout) except -1:
-        """Wait, without the GIL, until no thread is in a slice of this device, and keep all out."""
-        cdef timespec until
-        cdef int status
-        check_process(self.generation)
-        if not timeout > 0:  # what is no number does not wait either
-            timeout = 0
-        elif timeout > 1e8:
-            timeout = 1e8
-        clock_gettime(CLOCK_REALTIME, &until)
-        until.tv_sec += <long>timeout
-        until.tv_nsec += <long>((timeout - <double><long>timeout) * 1e9)
-        if until.tv_nsec >= 1000000000:
-            until.tv_sec += 1
-            until.tv_nsec -= 1000000000
-        flag_add(&self.waiting, 1)
-        with nogil:
-            status = pthread_mutex_timedlock(&self.lock, &until)
-        flag_add(&self.waiting, -1)
-        if status == ETIMEDOUT:
-            raise StateError(f"a drain did not end within {timeout:g} seconds; try again")
-        return 0
-
-    cdef void release(self) noexcept:
-        pthread_mutex_unlock(&self.lock)
-
-    def hold(self, double timeout=10.0):
-        """Keep every drain of this device out until `let_go()`.
-
-        :raise StateError: a drain did not end in time.
-        """
-        self.take(timeout)
-
-    def let_go(self):
-        """Let drains in again; only after `hold()`."""
-        self.release()
-
-    def move(self, GuestMap memory not None):
-        """Put every queue on another map, under `hold()`; one whose ring is not in it stops with a fault."""
-        cdef DataQueue queue
-        for queue in self.queues.values():
-            try:
-                queue.ring.move(memory)
-            except RingError:
-                if not queue.queue.fault:
-                    queue.stop_with(Fault.RING_ADDRESS)
-                queue.ring.leave()
-            queue.queue.map = &memory.map
-            queue.queue.region = NULL
-            queue.map = memory
-            if queue.queue.fault and self.worker is not None:
-                self.worker.poke(queue)
+cdef name_news(int news):
+    return tuple([name for bit, name in NEWS if news & <int>bit]) if news else ()
 
 
 @cython.final
@@ -118,10 +52,10 @@ cdef class DataQueue:
 
     def __cinit__(self, DataPlane plane not None, SplitRing ring not None, *, int index, int role,
                   bint owed=False):
-        if role not in (ROLE_INFLATE, ROLE_DEFLATE, ROLE_REPORTING):
-            raise ConfigError(f"queue {index}: no drain for the role {Role(role).name}")
         check_process(plane.generation)
         memset(&self.queue, 0, sizeof(queue_t))
+        role = Role(role)
+        plane.see(ring.memory)
         self.plane = plane
         self.ring = ring
         self.index = index
@@ -129,10 +63,20 @@ cdef class DataQueue:
         self.map = ring.memory
         self.queue.ring = &ring.ring
         self.queue.map = &ring.memory.map
-        self.queue.keep = &plane.keep
+        self.queue.device = &plane.device
         self.queue.role = role
+        self.queue.swapped = ring.ring.swapped
+        self.queue.first_head = -1
         self.queue.notify = owed
+        if role == ROLE_STATS:
+            self.queue.stats = <stats_t *>calloc(1, sizeof(stats_t))
+            if self.queue.stats == NULL:
+                raise MemoryError
         plane.queues[index] = self
+
+    def __dealloc__(self):
+        free(self.queue.stats)
+        free(self.queue.pending)
 
     def __repr__(self):
         return f"<DataQueue {self.index} {self.role.name}>"
@@ -158,6 +102,35 @@ cdef class DataQueue:
         """How often the kernel refused a range of this queue."""
         return self.queue.reclaimed.failures
 
+    @property
+    def first_fault(self):
+        """The first thing that the driver got wrong, and the head of its chain or None."""
+        head = self.queue.first_head
+        return Fault(self.queue.first_fault), head if head >= 0 else None
+
+    @property
+    def wait_seconds(self):
+        """For how long a queue that waits has nothing to do."""
+        cdef uint64_t now = monotonic_ns()
+        return (self.queue.due_ns - now) / 1e9 if self.queue.due_ns > now else 0.0
+
+    def move(self, GuestMap memory not None):
+        """Put the queue on another map, under the lock; it stops with a fault if its ring is not in it."""
+        if self.queue.release == RELEASE_ASKED:  # what waits for the hook lies in the map that goes
+            queue_decide(&self.queue, NULL)
+        self.queue.pending_count = 0
+        try:
+            self.ring.move(memory)
+        except RingError:
+            if not self.queue.fault:
+                self.stop_with(Fault.RING_ADDRESS)
+            self.ring.leave()
+        self.queue.map = &memory.map
+        self.queue.region = NULL
+        self.map = memory
+        if self.plane.worker is not None and (self.queue.fault or self.queue.release):
+            self.plane.worker.poke(self)
+
     cdef int check_running(self) except -1:
         check_process(self.plane.generation)
         if self.stopped:
@@ -177,17 +150,20 @@ cdef class DataQueue:
         self.queue.in_chain = False
 
     def serve(self):
-        """Serve the queue in this thread until it is empty: (notify the driver, call again, fault).
+        """Serve the queue in this thread until it is empty: (notify the driver, outcome, fault, news).
 
-        Another thread that serves a queue of the same device is waited for. Releases the GIL.
+        The outcome is "idle"; "more": call again; "wait": call again after `wait_seconds`, or after
+        `decide()` where `pending()` has something; or "fault". News are names, see `NEWS`. Another thread
+        that serves a queue of the same device is waited for. Releases the GIL.
 
-        :raise StateError: a worker owns queues of this device, or the queue was stopped.
+        :raise StateError: a worker owns queues of this device, the queue was stopped, or this is inside a
+            before-release hook.
         """
         cdef int status = SLICE_MORE
         cdef int slices = 0
-        cdef bint notify
         cdef reclaim_t *r
         self.check_running()
+        check_outside_hook()
         if self.plane.reclaimer is None:
             self.plane.reclaimer = Reclaimer()
         r = &self.plane.reclaimer.state
@@ -204,11 +180,80 @@ cdef class DataQueue:
                 slices += 1
                 if status != SLICE_MORE or slices == NOTIFY_SLICES or flag_load(&self.plane.waiting):
                     break
-        notify = self.queue.notify
+        outcome = bool(self.queue.notify), OUTCOMES[status], Fault(self.queue.fault), name_news(self.queue.news)
         self.queue.notify = False
-        fault = Fault(self.queue.fault)
+        self.queue.news = 0
         self.plane.release()
-        return bool(notify), status == SLICE_MORE, fault
+        return outcome
+
+    def ask(self):
+        """Have the held statistics buffer used; a worker is told, else the next `serve()` does it."""
+        self.check_running()
+        if self.queue.stats != NULL:
+            flag_store(&self.queue.stats.ask, 1)
+            if self.worker is not None:
+                self.plane.worker.poke(self)
+
+    def statistics(self):
+        """The last statistics buffer: (bytes, CLOCK_REALTIME in ns, number of buffers so far), or None.
+
+        Takes no lock.
+        """
+        cdef stats_t *s = self.queue.stats
+        cdef stats_t seen
+        cdef int version
+        cdef int tries = 0
+        if s == NULL:
+            return None
+        while tries < 1000:
+            tries += 1
+            version = flag_load(&s.version)
+            if version & 1:
+                continue
+            seen = s[0]
+            full_fence()
+            if flag_load(&s.version) == version:
+                if seen.arrivals == 0:
+                    return None
+                return PyBytes_FromStringAndSize(<char *>seen.bytes, seen.size), seen.time_ns, seen.arrivals
+        return None  # a queue that met its end in the middle of a buffer
+
+    @property
+    def holds_statistics(self):
+        """Whether a buffer of the guest's is held."""
+        return self.queue.stats != NULL and bool(self.queue.stats.held)
+
+    def pending(self):
+        """What waits for the hook: (number, native pairs of u64 (guest address, bytes)), or None."""
+        cdef range_t *ranges = <range_t *>self.queue.pending
+        cdef span_t *spans
+        cdef uint32_t number
+        self.plane.take(10.0)
+        try:
+            if self.queue.release != RELEASE_ASKED:
+                return None
+            found = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>(self.queue.pending_count * sizeof(span_t)))
+            spans = <span_t *><char *>found
+            for number in range(self.queue.pending_count):
+                spans[number].address = ranges[number].region.guest + (
+                    ranges[number].start - <uint64_t>ranges[number].region.host)
+                spans[number].size = ranges[number].end - ranges[number].start
+            return self.queue.release_number, found
+        finally:
+            self.plane.release()
+
+    def decide(self, uint64_t number, bytes verdict):
+        """Let go those ranges of `pending()` whose byte of `verdict` is not 0, and keep the others.
+
+        A verdict that comes too late, for another number than what waits now, changes nothing.
+        """
+        self.plane.take(10.0)
+        if self.queue.release == RELEASE_ASKED and number == self.queue.release_number \
+                and <uint32_t>len(verdict) == self.queue.pending_count:
+            queue_decide(&self.queue, <const unsigned char *><char *>verdict)
+        self.plane.release()
+        if self.worker is not None:
+            self.plane.worker.poke(self)
 
     def stop(self, double timeout=10.0):
         """End a chain that was cut short and touch the ring no more; true if the driver has to be notified.
@@ -227,6 +272,11 @@ cdef class DataQueue:
         if not self.stopped:
             if self.queue.fault == 0:
                 queue_cut(&self.queue)
+            if self.queue.stats != NULL and self.queue.stats.held:
+                # Whoever starts the ring again pops it once more (CONTRACTS 24).
+                self.queue.stats.held = False
+                self.ring.ring.next_available -= 1
+            self.plane.forget_parts()
             self.stopped = True
             self.ring.leave()
             if self.plane.queues.get(self.index) is self:

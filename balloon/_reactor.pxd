@@ -1,6 +1,6 @@
 from libc.stdint cimport uint64_t
 
-from balloon._drain cimport queue_t
+from balloon._fill cimport queue_t
 from balloon._pthread cimport pthread_mutex_t
 from balloon._reclaim cimport reclaim_t
 
@@ -9,10 +9,6 @@ cdef enum:
     COMMAND_DETACH = 2
     COMMAND_STOP = 3
     COMMAND_POKE = 4
-
-cdef enum:
-    NEWS_FAULT = 1    # the queue has stopped
-    NEWS_REFUSED = 2  # the kernel refused a range
 
 ctypedef struct slot_t:         # a queue as its worker sees it
     queue_t *queue
@@ -27,9 +23,10 @@ ctypedef struct slot_t:         # a queue as its worker sees it
     bint call_owed              # a notification came due before there was a call fd
     bint ready
     bint parked
-    bint refused                # news for the control plane: the kernel refused a range
+    bint timed                  # in the list of those that wait for their time
+    slot_t *next_timed
+    int news                    # NEWS_* for the control plane
     bint posted                 # in the list of news
-    bint told                   # that it is parked
     uint64_t failures           # of the reclaimer, when it was last looked at
     int stopping                # atomic: a detach was asked for
 
@@ -52,9 +49,9 @@ ctypedef struct worker_t:
     bint guarded
     slot_t *first               # queues that have work, in turn
     slot_t *last
+    slot_t *timed               # queues that wait for their time
     reclaim_t *reclaim
 
-cdef void ring_bell(int fd) noexcept nogil
 cdef void call(slot_t *slot) noexcept nogil
 cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded) noexcept nogil
 cdef int reactor_watch(worker_t *w, slot_t *slot) noexcept nogil

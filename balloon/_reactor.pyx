@@ -15,11 +15,13 @@ Rules (CONTRACTS 1 to 6, 10, 11, 18):
 from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 
-from balloon._drain cimport SLICE_FAULT, SLICE_MORE, queue_cut, queue_slice, queue_t
+from balloon._bell cimport ring_bell, send_call
+from balloon._drain cimport SLICE_FAULT, SLICE_MORE, SLICE_WAIT, monotonic_ns, queue_cut, queue_slice
+from balloon._fill cimport NEWS_FAULT, NEWS_REFUSED, RELEASE_NONE, queue_t
 from balloon._pthread cimport (
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
 )
-from balloon._reclaim cimport reclaim_t
+from balloon._reclaim cimport reclaim_clear, reclaim_t
 from balloon._spec cimport FAULT_BUS_ERROR, FAULT_NONE
 
 cdef extern from "_atomics.h" nogil:
@@ -54,24 +56,11 @@ cdef extern from "<sys/epoll.h>" nogil:
     int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
     uint32_t EPOLLIN, EPOLLET
 
-cdef extern from "<poll.h>" nogil:
-    cdef struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long count, int timeout)
-    short POLLOUT
-
-cdef extern from "<sys/socket.h>" nogil:
-    ssize_t send(int fd, const void *data, size_t size, int flags)
-    int MSG_DONTWAIT, MSG_NOSIGNAL
-
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int value, int flags)
     int EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef extern from "<unistd.h>" nogil:
-    ssize_t c_write "write"(int fd, const void *data, size_t size)
     ssize_t c_read "read"(int fd, void *data, size_t size)
     int c_close "close"(int fd)
 
@@ -79,27 +68,14 @@ cdef enum:
     EPOLL_BATCH = 64
 
 
-cdef void ring_bell(int fd) noexcept nogil:
-    cdef uint64_t one = 1
-    c_write(fd, &one, 8)
-
-
 cdef void call(slot_t *slot) noexcept nogil:
     """Send the used buffer notification that is due."""
-    cdef uint64_t one = 1
-    cdef pollfd writable
     slot.queue.notify = False
     pthread_mutex_lock(&slot.call_lock)
     if slot.call_fd < 0:
         slot.call_owed = True
-    elif slot.call_socket:  # User-mode Linux: exactly eight bytes, and never wait for its reader
-        send(slot.call_fd, &one, 8, MSG_DONTWAIT | MSG_NOSIGNAL)
     else:
-        # Not blocking, and still asked first: whoever shares the eventfd can take O_NONBLOCK off again.
-        writable.fd = slot.call_fd
-        writable.events = POLLOUT
-        if poll(&writable, 1, 0) == 1 and writable.revents & POLLOUT:
-            c_write(slot.call_fd, &one, 8)
+        send_call(slot.call_fd, slot.call_socket)
     pthread_mutex_unlock(&slot.call_lock)
 
 
@@ -136,37 +112,85 @@ cdef void forget_ready(worker_t *w, slot_t *slot) noexcept nogil:
     slot.ready = False
 
 
+cdef void wait_for_time(worker_t *w, slot_t *slot) noexcept nogil:
+    """Look at a queue again at its `due_ns`, unless a command or a kick makes it ready before."""
+    if not slot.timed:
+        slot.timed = True
+        slot.next_timed = w.timed
+        w.timed = slot
+
+
+cdef int ripen(worker_t *w) noexcept nogil:
+    """Make ready those whose time has come; returns for how many ms the others need no look, or -1."""
+    cdef slot_t **link = &w.timed
+    cdef slot_t *slot
+    cdef uint64_t now
+    cdef uint64_t soonest = <uint64_t>-1
+    if w.timed == NULL:
+        return -1
+    now = monotonic_ns()
+    while link[0] != NULL:
+        slot = link[0]
+        if slot.queue.due_ns <= now or slot.ready or slot.parked:
+            link[0] = slot.next_timed
+            slot.timed = False
+            make_ready(w, slot)
+        else:
+            if slot.queue.due_ns < soonest:
+                soonest = slot.queue.due_ns
+            link = &slot.next_timed
+    if soonest == <uint64_t>-1:
+        return -1
+    return <int>((soonest - now) / 1000000 + 1) if soonest - now < 3600000000000ULL else 3600000
+
+
+cdef void forget_timed(worker_t *w, slot_t *slot) noexcept nogil:
+    cdef slot_t **link = &w.timed
+    while link[0] != NULL:
+        if link[0] == slot:
+            link[0] = slot.next_timed
+        else:
+            link = &link[0].next_timed
+    slot.timed = False
+
+
 cdef void serve_slice(worker_t *w, slot_t *slot) noexcept nogil:
     """One slice of the queue whose turn it is, under its device's lock, which this releases."""
-    cdef int status
+    cdef int status, news
     if w.guarded:
         status = balloon_guarded(slice_of, slot.queue, w.reclaim, -1)
         if status < 0:  # SIGBUS: the memory under this ring is gone
             slot.queue.fault = FAULT_BUS_ERROR
             slot.queue.counters.faults[FAULT_BUS_ERROR] += 1
             slot.queue.in_chain = False
-            w.reclaim.count = 0
-            w.reclaim.bytes = 0
-            w.reclaim.work = 0
-            w.reclaim.sorted = True
+            slot.queue.release = RELEASE_NONE
+            reclaim_clear(w.reclaim)
             status = SLICE_FAULT
     else:
         status = queue_slice(slot.queue, w.reclaim)
+    news = slot.queue.news
+    slot.queue.news = 0
     pthread_mutex_unlock(slot.lock)
     if slot.queue.notify:
         call(slot)
     if status == SLICE_MORE:
         make_ready(w, slot)
-    if status == SLICE_FAULT or slot.queue.reclaimed.failures != slot.failures:
-        tell(w, slot, status == SLICE_FAULT)
+    elif status == SLICE_WAIT:
+        wait_for_time(w, slot)
+    elif status == SLICE_FAULT and not slot.parked:
+        slot.parked = True
+        news |= NEWS_FAULT
+    if slot.queue.reclaimed.failures != slot.failures:
+        slot.failures = slot.queue.reclaimed.failures
+        news |= NEWS_REFUSED
+    if news:
+        tell(w, slot, news)
 
 
-cdef void tell(worker_t *w, slot_t *slot, bint fault) noexcept nogil:
-    """Leave news for the control plane: the queue has stopped, or the kernel refused a range."""
+cdef void tell(worker_t *w, slot_t *slot, int news) noexcept nogil:
+    """Leave news for the control plane."""
     pthread_mutex_lock(&w.lock)
-    slot.parked = slot.parked or fault
-    slot.refused = slot.refused or slot.queue.reclaimed.failures != slot.failures
-    slot.failures = slot.queue.reclaimed.failures
+    slot.news |= news
     if not slot.posted:
         slot.posted = True
         slot.next_news = w.news
@@ -197,6 +221,7 @@ cdef bint obey(worker_t *w) noexcept nogil:
             if slot.kick_fd >= 0:
                 epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, slot.kick_fd, &event)
             forget_ready(w, slot)
+            forget_timed(w, slot)
             pthread_mutex_lock(slot.lock)
             if slot.queue.fault == FAULT_NONE:
                 if w.guarded:
@@ -234,7 +259,7 @@ cdef int reactor_watch(worker_t *w, slot_t *slot) noexcept nogil:
 cdef void reactor_run(worker_t *w) noexcept nogil:
     cdef epoll_event events[EPOLL_BATCH]
     cdef bint served = True
-    cdef int got, number
+    cdef int got, number, pause
     cdef slot_t *slot
     cdef slot_t *last
     cdef uint64_t drop
@@ -247,7 +272,10 @@ cdef void reactor_run(worker_t *w) noexcept nogil:
     pthread_sigmask(SIG_SETMASK, &mask, NULL)
     while True:
         # Where all that is ready is held by somebody else, a millisecond is soon enough.
-        got = epoll_wait(w.epoll_fd, events, EPOLL_BATCH, -1 if w.first == NULL else 0 if served else 1)
+        pause = ripen(w)
+        if w.first != NULL:
+            pause = 0 if served else 1
+        got = epoll_wait(w.epoll_fd, events, EPOLL_BATCH, pause)
         if got < 0 and errno != EINTR:
             return
         for number in range(got):
@@ -348,14 +376,10 @@ cdef void reactor_collect(worker_t *w, command_t **done, slot_t **news) noexcept
 
 cdef int reactor_hear(worker_t *w, slot_t *slot) noexcept nogil:
     """What the news of a queue are, NEWS_* bits; from now on it may be in the list again."""
-    cdef int news = 0
+    cdef int news
     pthread_mutex_lock(&w.lock)
     slot.posted = False
-    if slot.refused:
-        slot.refused = False
-        news |= NEWS_REFUSED
-    if slot.parked and not slot.told:
-        slot.told = True
-        news |= NEWS_FAULT
+    news = slot.news
+    slot.news = 0
     pthread_mutex_unlock(&w.lock)
     return news

@@ -22,6 +22,7 @@ ctypedef struct split_t:
     bint notified_valid
     bint event_idx
     bint indirect
+    bint swapped             # big-endian: a legacy guest
     bint silenced            # we have set USED_F_NO_NOTIFY
     bint fresh               # nothing of the used ring was looked at yet
     bint touched             # something was written to the used ring that is not published yet
@@ -31,6 +32,7 @@ cdef void split_push(split_t *ring, uint16_t head) noexcept nogil
 cdef bint split_publish(split_t *ring) noexcept nogil
 cdef void split_silence(split_t *ring) noexcept nogil
 cdef bint split_listen(split_t *ring) noexcept nogil
+cdef bint split_pending(const split_t *ring) noexcept nogil
 cdef int split_place(split_t *ring, const map_t *map, uint64_t descriptors, uint64_t available,
                      uint64_t used) noexcept nogil
 

@@ -36,6 +36,28 @@ cdef extern from "_atomics.h" nogil:
     uint16_t load_acquire_u16(const void *p)
     void store_release_u16(void *p, uint16_t v)
     void full_fence()
+    uint16_t swap_u16(uint16_t v)
+    uint32_t swap_u32(uint32_t v)
+    uint64_t swap_u64(uint64_t v)
+
+
+# Rings are little-endian, those of legacy guests in the guest's own byte order: `swapped` where that is big.
+
+
+cdef inline uint16_t in_order_u16(const split_t *ring, uint16_t v) noexcept nogil:
+    return swap_u16(v) if ring.swapped else v
+
+
+cdef inline uint32_t in_order_u32(const split_t *ring, uint32_t v) noexcept nogil:
+    return swap_u32(v) if ring.swapped else v
+
+
+cdef inline uint64_t in_order_u64(const split_t *ring, uint64_t v) noexcept nogil:
+    return swap_u64(v) if ring.swapped else v
+
+
+cdef inline uint16_t available_index(const split_t *ring) noexcept nogil:
+    return in_order_u16(ring, load_acquire_u16(ring.available + 2))
 
 
 cdef int split_place(split_t *ring, const map_t *map, uint64_t descriptors, uint64_t available,
@@ -54,7 +76,7 @@ cdef int split_place(split_t *ring, const map_t *map, uint64_t descriptors, uint
 
 cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
     """1: a chain was popped into `ring.chain`; 0: the ring is empty; below 0: minus the fault."""
-    cdef uint16_t pending = <uint16_t>(load_acquire_u16(ring.available + 2) - ring.next_available)
+    cdef uint16_t pending = <uint16_t>(available_index(ring) - ring.next_available)
     cdef uint32_t position, length, limit, count
     cdef uint16_t flags, following, head
     cdef uint64_t address
@@ -65,13 +87,14 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
         # The ring may have been served before, and left in the middle of work: go on where its used index
         # stands, and take back a wish for silence. Not when the ring is made: this may meet SIGBUS.
         ring.fresh = False
-        ring.next_used = load_acquire_u16(ring.used + 2)
+        ring.next_used = in_order_u16(ring, load_acquire_u16(ring.used + 2))
         store_once_u16(ring.used, 0)
     if pending == 0:
         return 0
     if pending > ring.size:
         return -FAULT_AVAILABLE_AHEAD
-    head = load_once_u16(ring.available + 4 + 2 * <size_t>(ring.next_available & ring.mask))
+    head = in_order_u16(ring, load_once_u16(
+        ring.available + 4 + 2 * <size_t>(ring.next_available & ring.mask)))
     if head >= ring.size:
         return -FAULT_HEAD_RANGE
     position = head
@@ -79,10 +102,10 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
     count = 0
     while True:
         entry = table + DESC_BYTES * <size_t>position
-        address = load_once_u64(entry)
-        length = load_once_u32(entry + 8)
-        flags = load_once_u16(entry + 12)
-        following = load_once_u16(entry + 14)
+        address = in_order_u64(ring, load_once_u64(entry))
+        length = in_order_u32(ring, load_once_u32(entry + 8))
+        flags = in_order_u16(ring, load_once_u16(entry + 12))
+        following = in_order_u16(ring, load_once_u16(entry + 14))
         if flags & DESC_F_INDIRECT:
             if nested:
                 return -FAULT_INDIRECT_NESTED
@@ -119,7 +142,7 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
 cdef void split_push(split_t *ring, uint16_t head) noexcept nogil:
     """Write the used entry of `head`, shown at the next publish. Nothing was written into it: length 0."""
     cdef char *entry = ring.used + 4 + 8 * <size_t>(ring.next_used & ring.mask)
-    store_once_u32(entry, head)
+    store_once_u32(entry, in_order_u32(ring, head))
     store_once_u32(entry + 4, 0)
     ring.next_used += 1
     ring.touched = True
@@ -131,13 +154,13 @@ cdef bint split_publish(split_t *ring) noexcept nogil:
     if not ring.touched:
         return False
     ring.touched = False
-    store_release_u16(ring.used + 2, ring.next_used)
+    store_release_u16(ring.used + 2, in_order_u16(ring, ring.next_used))
     full_fence()
     if not ring.event_idx:
-        return not load_once_u16(ring.available) & AVAIL_F_NO_INTERRUPT
+        return not in_order_u16(ring, load_once_u16(ring.available)) & AVAIL_F_NO_INTERRUPT
     before = ring.notified
     ring.notified = ring.next_used
-    event = load_once_u16(ring.available + 4 + 2 * <size_t>ring.size)
+    event = in_order_u16(ring, load_once_u16(ring.available + 4 + 2 * <size_t>ring.size))
     if not ring.notified_valid:
         ring.notified_valid = True
         return True
@@ -148,18 +171,23 @@ cdef void split_silence(split_t *ring) noexcept nogil:
     """Ask for no available buffer notification while at work (C11); not needed with EVENT_IDX (C12)."""
     if not ring.event_idx and not ring.silenced:
         ring.silenced = True
-        store_once_u16(ring.used, USED_F_NO_NOTIFY)
+        store_once_u16(ring.used, in_order_u16(ring, USED_F_NO_NOTIFY))
 
 
 cdef bint split_listen(split_t *ring) noexcept nogil:
     """Ask for a notification of the next available buffer; true if one has come meanwhile."""
     if ring.event_idx:
-        store_once_u16(ring.used + 4 + 8 * <size_t>ring.size, ring.next_available)
+        store_once_u16(ring.used + 4 + 8 * <size_t>ring.size, in_order_u16(ring, ring.next_available))
     elif ring.silenced:
         ring.silenced = False
         store_once_u16(ring.used, 0)
     full_fence()
-    return load_acquire_u16(ring.available + 2) != ring.next_available
+    return available_index(ring) != ring.next_available
+
+
+cdef bint split_pending(const split_t *ring) noexcept nogil:
+    """Whether the driver has made something available that was not popped."""
+    return available_index(ring) != ring.next_available
 
 
 cdef guest_error(int fault, queue=None):
@@ -170,7 +198,7 @@ cdef guest_error(int fault, queue=None):
 
 @cython.final
 cdef class SplitRing:
-    """One split virtqueue, by the guest addresses of its three parts.
+    """One split virtqueue, by the guest addresses of its three parts; `big_endian` is for legacy guests.
 
     :raise ConfigError: the size is not a power of two between 1 and 32768.
     :raise RingError: the ring does not lie in guest memory, or is misaligned.
@@ -180,13 +208,14 @@ cdef class SplitRing:
 
     def __cinit__(self, GuestMap memory not None, *, int size, uint64_t descriptor_address,
                   uint64_t available_address, uint64_t used_address, bint event_idx=False,
-                  bint indirect=False, uint16_t next_available=0):
+                  bint indirect=False, uint16_t next_available=0, bint big_endian=False):
         if size < 1 or size > QUEUE_SIZE_MAX or size & (size - 1):
             raise ConfigError(f"a queue size of {size} is not a power of two up to {QUEUE_SIZE_MAX}")
         self.ring.size = <uint16_t>size
         self.ring.mask = <uint16_t>(size - 1)
         self.ring.event_idx = event_idx
         self.ring.indirect = indirect
+        self.ring.swapped = big_endian
         self.ring.next_available = next_available
         self.addresses[0] = descriptor_address
         self.addresses[1] = available_address
@@ -224,6 +253,11 @@ cdef class SplitRing:
         return self.ring.size
 
     @property
+    def guest_addresses(self):
+        """Where the descriptor table, available ring and used ring are in guest memory."""
+        return self.addresses[0], self.addresses[1], self.addresses[2]
+
+    @property
     def next_available(self):
         """Index of the next available entry that will be popped, modulo 2^16."""
         return self.ring.next_available
@@ -233,7 +267,7 @@ cdef class SplitRing:
         """Index of the next used entry that will be written, modulo 2^16."""
         if self.ring.fresh:
             self.check()
-            return load_acquire_u16(self.ring.used + 2)
+            return in_order_u16(&self.ring, load_acquire_u16(self.ring.used + 2))
         return self.ring.next_used
 
     def pop(self):

@@ -8,15 +8,15 @@ cimport cython
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport calloc, free
 
+from balloon._bell cimport ring_bell
 from balloon._memory cimport check_process, process_generation
 from balloon._pthread cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
-from balloon._queue cimport DataQueue
+from balloon._queue cimport DataQueue, name_news
 from balloon._reactor cimport (
-    COMMAND_ATTACH, COMMAND_DETACH, COMMAND_POKE, COMMAND_STOP, NEWS_FAULT, NEWS_REFUSED, call, command_t,
-    reactor_close, reactor_collect, reactor_hear, reactor_open, reactor_post, reactor_run, reactor_watch,
-    ring_bell, slot_t, worker_t,
+    COMMAND_ATTACH, COMMAND_DETACH, COMMAND_POKE, COMMAND_STOP, call, command_t, reactor_close,
+    reactor_collect, reactor_hear, reactor_open, reactor_post, reactor_run, reactor_watch, slot_t, worker_t,
 )
 from balloon._reclaim cimport Reclaimer
 
@@ -26,6 +26,7 @@ import stat
 import threading
 import time
 
+from balloon._plane import check_outside_hook
 from balloon.errors import ConfigError, StateError
 
 cdef extern from "_atomics.h" nogil:
@@ -287,10 +288,8 @@ cdef class Worker:
             attachment = self.attachments[<uintptr_t>slot]
             slot = slot.next_news
             news = reactor_hear(&self.worker, &attachment.slot)
-            if news & NEWS_REFUSED:
-                self.events.append(("refused", attachment.queue, 0))
-            if news & NEWS_FAULT:
-                self.events.append(("fault", attachment.queue, 0))
+            for name in name_news(news):
+                self.events.append((name, attachment.queue, 0))
         while command != NULL:
             after = command.next
             if command.kind == COMMAND_DETACH:
@@ -317,8 +316,9 @@ cdef class Worker:
     def take_events(self):
         """What has happened since the last call; never waits.
 
-        A list of tuples: ("detached", queue, token); ("fault", queue, 0): it has stopped, see its `fault`;
-        ("refused", queue, 0): the kernel would not take a range, see `Balloon.look_again()`.
+        A list of tuples: ("detached", queue, token), and (kind, queue, 0) for `Balloon.on_event()`: "fault",
+        it has stopped; "refused", the kernel would not take a range; "stats", statistics have come;
+        "hints", a hinting round began or is complete; "release", ranges wait for the before-release hook.
         """
         self.check()
         self.collect()
@@ -329,10 +329,12 @@ cdef class Worker:
     def close(self, double timeout=10.0):
         """End the thread; every queue is detached. A second call does nothing.
 
-        :raise StateError: a drain did not end in time; the thread goes on, and nothing more is attached.
+        :raise StateError: a drain did not end in time; the thread goes on, and nothing more is attached. Or
+            this is inside a before-release hook.
         """
         if self.generation != process_generation():
             return
+        check_outside_hook()
         with self.ending:
             if self.thread is None:
                 return

@@ -1,96 +1,53 @@
 """`Balloon`: the device as the standard describes it, without any I/O of its own.
 
-It negotiates features, keeps the status and the configuration space, gives queues their roles, and says what
-its owner has to do next: methods return an `Effect`. It holds no fd, thread or clock. Queues are served
-either by `notify()`, in the caller's thread, or by a `Worker` that they are attached to.
+`balloon.virtio` has what every virtio device has; here are the protocols of the balloon, statistics and free
+page hinting, and what the embedder has a say in. Methods return an `Effect`: what the owner has to do next.
+Queues are served either by `notify()`, in the caller's thread, or by a `Worker` that they are attached to,
+whose events go to `on_event()`.
 
-Sections of the standard: Device Status Field, Feature Bits, Device Configuration Space, Traditional Memory
-Balloon Device.
+Section of the standard: Traditional Memory Balloon Device.
 """
 
 from __future__ import annotations
 
-import enum
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import logging
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
-from balloon._queue import DataPlane, DataQueue
-from balloon._ring import SplitRing
-from balloon.errors import ConfigError, GuestError, StateError
-from balloon.memory import GuestMemory
-from balloon.spec import (
-    CONFIG_BYTES_BASE,
-    CONFIG_BYTES_HINT,
-    CONFIG_BYTES_POISON,
-    PAGE_BYTES,
-    PAGE_SHIFT,
-    REPORTING_CAPACITY,
-    ROLE_FEATURE,
-    Config,
-    Fault,
-    Feature,
-    Role,
-    Status,
-)
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["Balloon", "Counters", "Effect"]
+from balloon._plane import run_hook
+from balloon._queue import DataQueue
+from balloon.errors import ConfigError, StateError
+from balloon.hinting import HintingRound, HintingRounds, HintState, Ranges, merge_ranges
+from balloon.memory import GuestMemory
+from balloon.spec import Config, Feature, Role
+from balloon.stats import Stats, StatsProtocol, StatsRequest
+from balloon.virtio import Effect, VirtioDevice
+
+__all__ = ["Balloon", "Effect", "ReleaseHook"]
 
 TRANSPORT_FEATURES: Final = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.INDIRECT_DESC
 
+ReleaseHook = Callable[[Ranges], Any]
+"""Sees guest ranges, a read-only array of shape (n, 2) with address and size in bytes, before they are
+discarded. It returns None or True to let them go, False to keep them, or an array of n booleans."""
 
-class Effect(enum.Flag):
-    """What the owner of a device has to do next."""
-
-    NONE = 0
-    NOTIFY_USED = 1
-    """Send the used buffer notification of the queue that was served."""
-    NOTIFY_CONFIG = 2
-    """Send a configuration change notification."""
-    NEEDS_RESET = 4
-    """The device has failed and shows NEEDS_RESET in its status."""
-    NOTIFY_AGAIN = 8
-    """The queue is not empty yet: call `notify()` again, after whatever else is to be done."""
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Counters:
-    """What a device has done since it was made, over all its queues and resets.
-
-    `advised_bytes` is what the kernel was asked to take and said yes to; what it holds only the kernel knows
-    (`GuestMemory.resident_bytes`).
-    """
-
-    kicks: int = 0
-    chains: int = 0
-    descriptors: int = 0
-    ranges: int = 0
-    system_calls: int = 0
-    reported_bytes: int = 0
-    kept_bytes: int = 0
-    inflated_bytes: int = 0
-    deflated_bytes: int = 0
-    advised_bytes: int = 0
-    clipped_bytes: int = 0
-    skipped_bytes: int = 0
-    failed_bytes: int = 0
-    outside_bytes: int = 0
-    failures: int = 0
-    cut_chains: int = 0
-    notifications: int = 0
-    suppressed_notifications: int = 0
-    faults: Mapping[str, int] = field(default_factory=dict)
-
-
-class Balloon:
+class Balloon(VirtioDevice):
     """A traditional memory balloon device.
 
     `target_bytes` is what the balloon is to hold, taken from the guest. `numbering` says which queue is
     which: "linux" counts only the queues whose features were negotiated, as every Linux does; "spec" uses
-    the fixed numbers of the standard's text.
+    the fixed numbers of the standard's text. A legacy driver (one that does not accept VERSION_1) has its
+    rings and payloads in `guest_byteorder`. With `strict` the first thing that the driver gets wrong stops
+    the device: `notify()` raises it, a worker parks the queue and tells of a fault.
 
-    :raise ConfigError: the target is negative, too large or no multiple of 4096 bytes.
+    :raise ConfigError: the target is negative, too large or no multiple of 4096 bytes; the numbering or byte
+        order is unknown.
     """
 
     def __init__(
@@ -101,338 +58,279 @@ class Balloon:
         page_poison: bool = True,
         must_tell_host: bool = True,
         deflate_on_oom: bool = False,
+        stats: bool = True,
+        hinting: bool = False,
         target_bytes: int = 0,
         numbering: Literal["linux", "spec"] = "linux",
+        guest_byteorder: Literal["little", "big"] = "little",
+        strict: bool = False,
     ) -> None:
-        if numbering not in ("linux", "spec"):
-            raise ConfigError(f'numbering is "linux" or "spec", not {numbering!r}')
-        self.memory = memory
-        self.numbering = numbering
         offered = TRANSPORT_FEATURES
         for wanted, feature in (
             (reporting, Feature.REPORTING),
             (page_poison, Feature.PAGE_POISON),
             (must_tell_host, Feature.MUST_TELL_HOST),
             (deflate_on_oom, Feature.DEFLATE_ON_OOM),
+            (stats, Feature.STATS_VQ),
+            (hinting, Feature.FREE_PAGE_HINT),
         ):
             if wanted:
                 offered |= feature
-        self._offered = offered
-        self._accepted = Feature(0)
-        self._status = Status(0)
-        self._config = bytearray(CONFIG_BYTES_POISON)
-        self._config_changed = False
-        self._generation = 0
-        self._actual_pages = 0
-        self._poison: int | None = None
-        self._plane = DataPlane()
-        self._failed = False
-        self._fault_told = False
-        self._owed: set[int] = set()
-        self._counted = Counters()
-        self._check_target(target_bytes)
-        struct.pack_into("<I", self._config, Config.NUM_PAGES, target_bytes >> PAGE_SHIFT)
-        memory._users.add(self._plane)
-
-    # Negotiation.
-
-    @property
-    def device_features(self) -> int:
-        """The feature bits that are offered."""
-        return int(self._offered)
-
-    @property
-    def driver_features(self) -> int:
-        """The feature bits that the driver accepted."""
-        return int(self._accepted)
-
-    def set_driver_features(self, features: int) -> None:
-        """Take the feature bits that the driver accepts, any subset of the offered ones (A5, A7).
-
-        :raise GuestError: one of them was not offered.
-        :raise StateError: a queue is running.
-        """
-        surplus = features & ~int(self._offered)
-        if surplus:
-            raise GuestError(
-                f"the driver accepted features that were not offered: {surplus:#x}", section="Feature Bits"
-            )
-        if self._plane.queues:
-            raise StateError("features cannot change while a queue runs: stop it first")
-        self._accepted = Feature(features)
-        self._apply_poison()
-
-    @property
-    def status(self) -> int:
-        """The device status bits; NEEDS_RESET from a queue's fault to the reset (A2)."""
-        return int(self._status | (Status.NEEDS_RESET if self._has_fault() else 0))
-
-    def write_status(self, status: int) -> Effect:
-        """The driver writes the device status; 0 resets the device.
-
-        FEATURES_OK stays clear for a driver that does not accept VERSION_1 (A21). Bits are only ever added;
-        NEEDS_RESET is the device's own.
-
-        :raise StateError: see `reset`.
-        """
-        if status == 0:
-            return self.reset()
-        new = Status(status & 0xFF) & ~Status.NEEDS_RESET
-        if not self._accepted & Feature.VERSION_1:
-            new &= ~Status.FEATURES_OK
-        self._status |= new
-        return Effect.NONE
+        super().__init__(
+            memory,
+            offered=offered,
+            target_bytes=target_bytes,
+            numbering=numbering,
+            guest_byteorder=guest_byteorder,
+            strict=strict,
+        )
+        self._stats = StatsProtocol()
+        self._stats_seen = 0
+        self._rounds = HintingRounds()
+        self._hook: ReleaseHook | None = None
+        self._hook_timeout = 1.0
+        self._hook_failures = 0
 
     def reset(self) -> Effect:
         """Back to the beginning: queues stopped, features and status cleared, the target kept.
 
-        :raise StateError: a worker owns a queue; detach it first.
+        Requests for statistics go on waiting until their deadline; a hinting round is forgotten.
+
+        :raise StateError: a worker owns a queue: detach it first; or this is inside a before-release hook.
         """
-        if self._plane.worker is not None:
-            raise StateError("a worker owns queues of this device: detach them first")
-        for index in tuple(self._plane.queues):
-            self.stop_queue(index)
-        self._owed.clear()
-        self._failed = self._fault_told = False
-        self._accepted = Feature(0)
-        self._status = Status(0)
-        self._actual_pages = 0
-        struct.pack_into("<I", self._config, Config.ACTUAL, 0)
-        struct.pack_into("<I", self._config, Config.POISON_VAL, 0)
-        self._poison = None
-        self._apply_poison()
-        return Effect.NONE
-
-    # Configuration space.
-
-    @property
-    def config_bytes(self) -> int:
-        """The size of the configuration space, which follows from the offered features."""
-        if self._offered & Feature.PAGE_POISON:
-            return CONFIG_BYTES_POISON
-        return CONFIG_BYTES_HINT if self._offered & Feature.FREE_PAGE_HINT else CONFIG_BYTES_BASE
-
-    @property
-    def config_generation(self) -> int:
-        """Changes when a field has changed since the configuration space was read last."""
-        if self._config_changed:
-            self._config_changed = False
-            self._generation = (self._generation + 1) & 0xFFFFFFFF
-        return self._generation
-
-    def read_config(self, offset: int, size: int) -> bytes:
-        """`size` bytes of the configuration space at `offset`; zeros where it has ended."""
-        if offset < 0 or size < 0:
-            raise ConfigError(f"{size} bytes at offset {offset} of the configuration space cannot be")
-        return bytes(self._config[: self.config_bytes][offset : offset + size]).ljust(size, b"\0")
-
-    def write_config(self, offset: int, data: bytes) -> Effect:
-        """The driver writes to the configuration space.
-
-        `actual` and, where PAGE_POISON is offered, `poison_val` are taken; whatever else lies in the range
-        is not the driver's to write and is left alone. A field counts once its most significant byte is in
-        (B6), so that a driver may write byte by byte.
-        """
-        writable = [Config.ACTUAL]
-        if self._offered & Feature.PAGE_POISON:
-            writable.append(Config.POISON_VAL)
-        for start in writable:
-            low, high = max(offset, start), min(offset + len(data), start + 4)
-            if low >= high:
-                continue
-            self._config[low:high] = data[low - offset : high - offset]
-            if high < start + 4:
-                continue
-            (value,) = struct.unpack_from("<I", self._config, start)
-            if start == Config.ACTUAL:
-                self._actual_pages = value
-            else:
-                self._poison = value
-                self._apply_poison()
-        return Effect.NONE
-
-    def _apply_poison(self) -> None:
-        """Reported pages keep their content unless that may become zero (B12).
-
-        Whether PAGE_POISON was negotiated is judged here and not when the value comes: QEMU writes the
-        configuration space before it passes the features on. Negotiated but never written is unknown.
-        """
-        self._plane.keep_reported = bool(self._accepted & Feature.PAGE_POISON) and self._poison != 0
-
-    # The target.
-
-    def _check_target(self, target_bytes: int) -> None:
-        if target_bytes < 0 or target_bytes % PAGE_BYTES or target_bytes >> PAGE_SHIFT > 0xFFFFFFFF:
-            raise ConfigError(
-                f"a target of {target_bytes} bytes is not a multiple of {PAGE_BYTES} between 0 and 16 TiB"
-            )
-
-    @property
-    def target_bytes(self) -> int:
-        """What the balloon is to hold, taken from the guest."""
-        (pages,) = struct.unpack_from("<I", self._config, Config.NUM_PAGES)
-        return int(pages) << PAGE_SHIFT
-
-    @property
-    def actual_bytes(self) -> int:
-        """What the balloon holds, by the driver's last word."""
-        return self._actual_pages << PAGE_SHIFT
-
-    def set_target(self, target_bytes: int) -> Effect:
-        """Ask the guest to fill the balloon up, or to empty it down, to `target_bytes`.
-
-        A target that is set before the driver is up is kept for it.
-
-        :raise ConfigError: it is negative, too large or no multiple of 4096 bytes.
-        """
-        self._check_target(target_bytes)
-        if target_bytes == self.target_bytes:
-            return Effect.NONE
-        struct.pack_into("<I", self._config, Config.NUM_PAGES, target_bytes >> PAGE_SHIFT)
-        self._config_changed = True
-        return Effect.NOTIFY_CONFIG if self._status & Status.DRIVER_OK else Effect.NONE
-
-    # Queues.
-
-    def role(self, index: int) -> Role | None:
-        """What queue `index` is for with the features that were accepted; None if it does not exist."""
-        roles = [role for role in Role if (need := ROLE_FEATURE[role]) is None or self._accepted & need]
-        if self.numbering == "spec":
-            return Role(index) if index in roles else None
-        return roles[index] if 0 <= index < len(roles) else None
-
-    def start_queue(
-        self,
-        index: int,
-        *,
-        size: int,
-        descriptor_address: int,
-        available_address: int,
-        used_address: int,
-        next_available: int = 0,
-    ) -> None:
-        """Put queue `index` to work: its ring has `size` entries and lies at these guest addresses.
-
-        :raise ConfigError: no such queue with these features, or a size that cannot be. A reporting queue
-            has at least 32 entries, as the Linux driver demands.
-        :raise RingError: the ring does not lie in guest memory, or is misaligned.
-        :raise StateError: it runs already.
-        """
-        role = self.role(index)
-        if role is None:
-            raise ConfigError(f"queue {index} does not exist with the features {self.driver_features:#x}")
-        if index in self._plane.queues:
-            raise StateError(f"queue {index} is running: stop it first")
-        if role is Role.REPORTING and size < REPORTING_CAPACITY:
-            raise ConfigError(
-                f"queue {index} is for reporting and has {size} entries: Linux needs {REPORTING_CAPACITY}"
-            )
-        with self.memory._lock:  # else the queue could stay on a map that is just going out of use
-            ring = SplitRing(
-                self.memory.map,
-                size=size,
-                descriptor_address=descriptor_address,
-                available_address=available_address,
-                used_address=used_address,
-                event_idx=bool(self._accepted & Feature.EVENT_IDX),
-                indirect=bool(self._accepted & Feature.INDIRECT_DESC),
-                next_available=next_available,
-            )
-            DataQueue(self._plane, ring, index=index, role=role, owed=index in self._owed)
-        self._owed.discard(index)
-
-    def stop_queue(self, index: int) -> int:
-        """Take queue `index` out of work, once no drain is on it; returns its next available index.
-
-        :raise ConfigError: it does not run.
-        :raise StateError: a worker owns it, or a drain did not end in time.
-        """
-        queue = self.queue(index)
-        if queue.stop():
-            self._owed.add(index)  # the driver sleeps until whoever starts the ring again notifies it
-        self._failed = self._failed or bool(queue.fault)
-        self._counted = add_counters(self._counted, queue.counts())
-        return queue.next_available
-
-    def queue(self, index: int) -> DataQueue:
-        """The native queue, to attach to a worker.
-
-        :raise ConfigError: it does not run.
-        """
-        try:
-            return self._plane.queues[index]
-        except KeyError:
-            raise ConfigError(f"queue {index} does not run") from None
-
-    @property
-    def queues(self) -> Mapping[int, DataQueue]:
-        """The queues that run, by index."""
-        return dict(self._plane.queues)
-
-    def notify(self, index: int) -> Effect:
-        """Serve queue `index` in this thread: the driver has kicked it.
-
-        Memory is given back before the driver is shown the used buffers. A queue that does not run, or whose
-        driver has not set DRIVER_OK, is not touched (A1), and neither is one of a device that needs a reset.
-
-        :raise StateError: a worker owns queues of this device.
-        """
-        if self._has_fault():
-            return self._tell_fault()
-        queue = self._plane.queues.get(index)
-        if queue is None or not self._status & Status.DRIVER_OK:
-            return Effect.NONE
-        failures = queue.failures
-        notify, again, fault = queue.serve()
-        effect = Effect.NONE
-        if notify:
-            effect |= Effect.NOTIFY_USED
-        if again:
-            effect |= Effect.NOTIFY_AGAIN
-        if fault is not Fault.NONE:
-            effect |= self._tell_fault()
-        if queue.failures != failures:
-            self.look_again()
+        effect = super().reset()
+        self._stats.reset(forget=True)
+        self._rounds.reset()
+        self._show_id()
+        self._set_hooks()
         return effect
 
-    def fault(self, queue: DataQueue) -> Effect:
-        """A worker says that a queue has stopped, see its `fault`: the device needs a reset (A2, A3).
+    def start_queue(self, index: int, **where: int) -> None:
+        """Put queue `index` to work, see `VirtioDevice.start_queue`."""
+        super().start_queue(index, **where)
+        if self.role(index) is Role.STATS:
+            self._stats_seen = 0
+            self._stats.first_ignored = self.legacy
+            self._stats.byteorder = self.guest_byteorder if self.legacy else "little"
+
+    def _stopped(self, queue: DataQueue) -> None:
+        if queue.role is Role.STATS:
+            self._stats.reset()
+        elif queue.role is Role.HINTING:
+            self._later |= self.finish_hinting()
+
+    def on_event(self, kind: str, queue: DataQueue) -> Effect:
+        """Take what a worker tells of a queue, see `Worker.take_events()`; returns what is to be done.
 
         News of a queue from before a reset say nothing of the device after it (CONTRACTS 10).
         """
-        return self._tell_fault() if queue in self._plane.queues.values() else Effect.NONE
-
-    def _has_fault(self) -> bool:
-        return self._failed or any(queue.fault for queue in tuple(self._plane.queues.values()))
-
-    def _tell_fault(self) -> Effect:
-        """What its owner has to do about a fault, once."""
-        if self._fault_told:
+        if self._plane.queues.get(queue.index) is not queue:
             return Effect.NONE
-        self._fault_told = True
-        if self._status & Status.DRIVER_OK:
-            return Effect.NEEDS_RESET | Effect.NOTIFY_CONFIG
-        return Effect.NEEDS_RESET
+        if kind == "stats":
+            return self._statistics_came(queue)
+        if kind == "hints":
+            return self._hints_moved()
+        if kind == "release":
+            self._release(queue)
+        return super().on_event(kind, queue)
 
-    def look_again(self) -> None:
-        """The kernel has refused a range: find out anew, once, what backs the memory (CONTRACTS 16)."""
-        self.memory.look_again()
+    # Statistics.
 
     @property
-    def counters(self) -> Counters:
-        """What the device has done so far. Takes no lock that a drain waits for."""
-        total = self._counted
-        for queue in tuple(self._plane.queues.values()):
-            total = add_counters(total, queue.counts())
-        return total
+    def stats(self) -> Stats | None:
+        """The guest's last statistics, or None if it has sent none since the reset."""
+        return self._stats.latest
 
+    @property
+    def stats_history(self) -> npt.NDArray[np.void]:
+        """The last updates, oldest first: a read-only array of type `balloon.stats.HISTORY`."""
+        return self._stats.history
 
-def add_counters(total: Counters, counts: Mapping[str, Any]) -> Counters:
-    """The sum of `total` and the counts of one queue, whose pages become bytes."""
-    more = dict(counts)
-    for name in ("inflated", "deflated"):
-        more[f"{name}_bytes"] = more.pop(f"{name}_pages") << PAGE_SHIFT
-    faults = {name: total.faults.get(name, 0) + number for name, number in more.pop("faults").items()}
-    names = [one.name for one in fields(Counters) if one.name != "faults"]
-    summed = {name: getattr(total, name) + more[name] for name in names}
-    return Counters(**summed, faults=faults)
+    def request_stats(self, now: float, timeout: float = 5.0) -> tuple[StatsRequest, Effect]:
+        """Ask the guest for statistics that are newer than this call.
+
+        `now` is a moment of the caller's clock and the deadline another one. The request is answered when
+        `stats.token` has come to its token; call `expire_stats()` at the deadline. It is kept while the
+        driver is not up, or while the guest's buffer is out.
+
+        :raise ConfigError: the timeout is not above 0 and finite.
+        :raise StateError: STATS_VQ was not offered.
+        """
+        if not self._offered & Feature.STATS_VQ:
+            raise StateError("statistics were not offered: make the device with stats=True")
+        request = self._stats.request(now, timeout)
+        queue = self._queue_of(Role.STATS)
+        effect = Effect.NONE
+        if queue is not None and self._ask_for_statistics(queue) and queue.worker is None:
+            effect = self.notify(queue.index)
+        return request, effect
+
+    def expire_stats(self, now: float) -> tuple[int, ...]:
+        """The tokens of requests whose deadline has come, which are given up with this."""
+        return self._stats.expire(now)
+
+    def cancel_stats(self, token: int) -> None:
+        """Give a request up. An answer that still comes answers no other request."""
+        self._stats.cancel(token)
+
+    def _ask_for_statistics(self, queue: DataQueue) -> bool:
+        if not self._stats.ask:
+            return False
+        self._stats.asked()
+        queue.ask()
+        return True
+
+    def _statistics_came(self, queue: DataQueue) -> Effect:
+        came = queue.statistics()
+        if came is None or came[2] == self._stats_seen:
+            return Effect.NONE
+        payload, time_ns, self._stats_seen = came
+        self._stats.arrived(payload, time_ns)
+        self._ask_for_statistics(queue)
+        return Effect.STATS
+
+    def _queue_of(self, role: Role) -> DataQueue | None:
+        return next((one for one in tuple(self._plane.queues.values()) if one.role is role), None)
+
+    # Free page hinting.
+
+    @property
+    def hint_state(self) -> HintState:
+        """Where free page hinting is."""
+        return self._rounds.state
+
+    def start_hinting(
+        self,
+        use: Literal["collect", "reclaim"] = "collect",
+        *,
+        hold: bool = False,
+        unsafe_reclaim: bool = False,
+        dirty_check: Callable[[Ranges], Any] | None = None,
+    ) -> tuple[HintingRound, Effect]:
+        """Ask the guest which memory it does not use; it keeps those pages until the round is finished.
+
+        "collect" notes ranges for `hinted_ranges()`, for migration and snapshots: start dirty tracking
+        before (CONTRACTS 23). "reclaim" gives them back. A guest under pressure takes hinted pages back
+        without asking, and a later discard destroys what it has put there: so that needs `unsafe_reclaim`,
+        for guests that do not do so, or a `dirty_check`, which sees ranges like a before-release hook and
+        says which of them are still unwritten. With `hold` the round stays complete until
+        `finish_hinting()`; else it is finished by itself. A round that goes on is replaced.
+
+        :raise StateError: FREE_PAGE_HINT was not negotiated, no hinting queue runs, a drain did not end in
+            time, or this is inside a hook.
+        :raise ConfigError: "reclaim" with neither of the two, or another use.
+        """
+        if use not in ("collect", "reclaim"):
+            raise ConfigError(f'hints are to "collect" or to "reclaim", not {use!r}')
+        if use == "reclaim" and not unsafe_reclaim and dirty_check is None:
+            raise ConfigError("the guest may write to hinted pages: give a dirty_check or unsafe_reclaim")
+        if self._queue_of(Role.HINTING) is None:
+            raise StateError("no hinting queue runs: no FREE_PAGE_HINT, or the driver is not up")
+        self._plane.end_hints()
+        started = HintingRound(self._rounds.new_id(self._plane.hint_stops), use, hold, dirty_check)
+        self._rounds.begin(started)
+        self._set_hooks()
+        self._plane.start_hints(started.id, use == "reclaim")
+        self._show_id()
+        return started, self._config_effect()
+
+    def finish_hinting(self) -> Effect:
+        """The pages are needed no longer, or no hints are wanted any more: show DONE.
+
+        When this returns, no hinted page is being discarded (B11).
+
+        :raise StateError: a drain did not end in time, or this is inside a hook.
+        """
+        if not self._rounds.active:
+            return Effect.NONE
+        self._plane.end_hints()
+        self._rounds.state = HintState.DONE
+        self._show_id()
+        self._set_hooks()
+        return self._config_effect()
+
+    def hinted_ranges(self) -> Ranges:
+        """The memory that the last "collect" round named: shape (n, 2), guest address and size in bytes.
+
+        Sorted, merged, and only what is guest memory.
+        """
+        return merge_ranges(self._plane.hints()[0])
+
+    def _hints_moved(self) -> Effect:
+        if not self._rounds.active:
+            return Effect.NONE
+        self._rounds.state = HintState(self._plane.hint_state)
+        effect = Effect.HINTS
+        if self._rounds.state is HintState.COMPLETE and self._rounds.round and not self._rounds.round.hold:
+            effect |= self.finish_hinting()
+        return effect
+
+    def _show_id(self) -> None:
+        self._config[Config.FREE_PAGE_HINT_CMD_ID] = self._rounds.shown_id
+
+    # What the embedder has a say in.
+
+    def set_reporting(self, enabled: bool) -> None:
+        """Switch free page reporting off and on again, at any moment.
+
+        While it is off, reports are acknowledged and nothing is discarded; Linux does not report those pages
+        again before it has used them.
+        """
+        self._plane.reporting = enabled
+
+    def set_reclaim_rate(self, bytes_per_second: int | None) -> None:
+        """Discard no more than this in a second, on average; None takes the limit away.
+
+        Requests wait meanwhile: a guest that reports or inflates is slowed down, and loses nothing. One
+        slice of 64 MiB may go beyond it at a time.
+
+        :raise ConfigError: it is not above 0.
+        :raise StateError: a drain did not end in time, or this is inside a hook.
+        """
+        if bytes_per_second is not None and not 0 < bytes_per_second < 1 << 62:
+            raise ConfigError(f"a rate of {bytes_per_second} bytes in a second cannot be")
+        self._plane.set_rate(bytes_per_second or 0)
+
+    def set_release_hook(self, hook: ReleaseHook | None, *, timeout: float = 1.0) -> None:
+        """Have `hook` see all ranges before they are discarded: it may keep them (CONTRACTS 9).
+
+        It is called in the thread that calls `notify()`, or the one that hands a worker's "release" events
+        to `on_event()`. Its queue waits meanwhile, others go on. An exception is a veto, and so is, under a
+        worker, no answer within `timeout` seconds: requests are acknowledged and nothing is discarded.
+        From inside, what would wait for the queue raises `StateError`. Without a hook drains pay nothing.
+
+        :raise ConfigError: the timeout is not above 0.
+        :raise StateError: a drain did not end in time, or this is inside a hook.
+        """
+        if not 0 < timeout < 1e6:
+            raise ConfigError(f"a hook cannot have {timeout} seconds")
+        self._hook, self._hook_timeout = hook, timeout
+        self._set_hooks()
+
+    def _set_hooks(self) -> None:
+        roles = {Role.INFLATE, Role.REPORTING, Role.HINTING} if self._hook is not None else set()
+        if self._rounds.active and self._rounds.round and self._rounds.round.dirty_check is not None:
+            roles.add(Role.HINTING)
+        self._plane.set_hook(roles, self._hook_timeout)
+
+    def _release(self, queue: DataQueue) -> None:
+        waiting = queue.pending()
+        if waiting is None:
+            return
+        number, raw = waiting
+        ranges = np.frombuffer(raw, dtype=np.uint64).reshape(-1, 2)
+        verdict = np.ones(len(ranges), dtype=np.bool_)
+        hooks = [self._hook]
+        if queue.role is Role.HINTING and self._rounds.round is not None:
+            hooks.append(self._rounds.round.dirty_check)
+        try:
+            for hook in hooks:
+                answer = None if hook is None else run_hook(hook, ranges)
+                if answer is not None:
+                    verdict &= np.broadcast_to(np.asarray(answer, dtype=np.bool_), verdict.shape)
+        except Exception:
+            verdict[:] = False
+            self._hook_failures += 1
+            if self._hook_failures & (self._hook_failures - 1) == 0:  # the guest sets the pace, not the log's
+                _log.exception("a before-release hook failed (%d times): kept", self._hook_failures)
+        queue.decide(number, verdict.tobytes())

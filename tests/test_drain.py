@@ -21,7 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balloon._queue import DataPlane, DataQueue
+from balloon._plane import DataPlane
+from balloon._queue import DataQueue
 from balloon._reclaim import Reclaimer
 from balloon._ring import SplitRing
 from balloon._worker import Worker

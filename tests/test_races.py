@@ -489,9 +489,7 @@ def race(stage: Stage, rounds: int) -> int:
             writer: threading.Thread | None = None
             if flips_index:
                 good, bad = last.to_bytes(2, "little"), (last + 77 & 0xFFFF).to_bytes(2, "little")
-                writer = threading.Thread(
-                    target=_shared.flip, args=(host, good, bad, ctypes.addressof(halt))
-                )
+                writer = threading.Thread(target=_shared.flip, args=(host, good, bad, ctypes.addressof(halt)))
                 writer.start()
             else:
                 _shared.store_release(host, last)
@@ -508,7 +506,9 @@ def race(stage: Stage, rounds: int) -> int:
             if used != served or used > stage.size:
                 return NOT_ONCE
             heads = [int(stage.used_rows[(before + n) % stage.size][0]) for n in range(min(used, stage.size))]
-            lengths = [int(stage.used_rows[(before + n) % stage.size][1]) for n in range(min(used, stage.size))]
+            lengths = [
+                int(stage.used_rows[(before + n) % stage.size][1]) for n in range(min(used, stage.size))
+            ]
             if any(lengths) or any(head >= stage.size for head in heads):
                 return WRONG_HEAD
             if stage.heads_are_known and heads != [(at + n) % stage.size for n in range(used)]:
@@ -524,7 +524,9 @@ def race(stage: Stage, rounds: int) -> int:
 
 
 @pytest.mark.parametrize(("role", "flips"), CASES)
-def test_contract_13_a_guest_that_changes_what_is_being_read(role: Role, flips: Callable[[Stage], None]) -> None:
+def test_contract_13_a_guest_that_changes_what_is_being_read(
+    role: Role, flips: Callable[[Stage], None]
+) -> None:
     """Contract 12, 13: whatever a guest writes meanwhile, no crash, no call outside RAM, each head used once.
 
     Caught here: a second read of `next` (flip_next, flip_next_in_a_table), of a head (flip_head), of the

@@ -33,7 +33,8 @@ from hypothesis import strategies as st
 
 from balloon import Balloon, GuestMemory, Region, Worker
 from balloon._memory import GuestMap, probe_punch
-from balloon._queue import DataPlane, DataQueue
+from balloon._plane import DataPlane
+from balloon._queue import DataQueue
 from balloon._reclaim import Reclaimer
 from balloon._ring import SplitRing
 from balloon.errors import ConfigError, StateError
@@ -292,9 +293,9 @@ class Bare:
         self.queue = DataQueue(DataPlane(), ring, index=0, role=role)
 
     def serve(self) -> None:
-        again = True
-        while again:
-            _, again, fault = self.queue.serve()
+        outcome = "more"
+        while outcome == "more":
+            _, outcome, fault, _ = self.queue.serve()
             assert not fault
 
     def report(self, ranges: Sequence[Range]) -> None:

@@ -215,7 +215,9 @@ def test_an_unloaded_and_reloaded_driver_works_again(uml: tuple[UmlFiles, Path],
         wait_returned(guest, peak, 0.9 * 200 * MIB)
 
 
-def test_pitfall_11_a_reloaded_driver_does_not_report_again(uml: tuple[UmlFiles, Path], tmp_path: Path) -> None:
+def test_pitfall_11_a_reloaded_driver_does_not_report_again(
+    uml: tuple[UmlFiles, Path], tmp_path: Path
+) -> None:
     """Pages that were reported once stay marked in the guest: a fresh device hears nothing, and waits well."""
     with booted(uml, tmp_path) as (guest, server):
         peak = fill_and_free(guest, 200)

@@ -287,7 +287,10 @@ def test_memory_goes_to_shared_memory_if_it_fits(tmp_path: Path, monkeypatch: py
     for name in ("shm", "disk"):
         (tmp_path / name).mkdir()
     statvfs(monkeypatch, {f"{tmp_path}/shm": 64, f"{tmp_path}/disk": 1024})
-    assert choose_memory_folder(64 * MIB) == (tmp_path / "shm", f"{tmp_path}/shm: a tmpfs with at least 64 MiB free")
+    assert choose_memory_folder(64 * MIB) == (
+        tmp_path / "shm",
+        f"{tmp_path}/shm: a tmpfs with at least 64 MiB free",
+    )
     folder, why = choose_memory_folder(64 * MIB + 1)
     assert folder == tmp_path / "disk"
     assert "shm: only 64 MiB free" in why

@@ -1,0 +1,2 @@
+cdef void ring_bell(int fd) noexcept nogil
+cdef void send_call(int fd, bint is_socket) noexcept nogil

@@ -1,0 +1,38 @@
+"""Waking others up: through eventfds, and through the sockets that User-mode Linux passes for them."""
+
+from libc.stdint cimport uint64_t
+
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long count, int timeout)
+    short POLLOUT
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t send(int fd, const void *data, size_t size, int flags)
+    int MSG_DONTWAIT, MSG_NOSIGNAL
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t c_write "write"(int fd, const void *data, size_t size)
+
+
+cdef void ring_bell(int fd) noexcept nogil:
+    """Write an eventfd of our own."""
+    cdef uint64_t one = 1
+    c_write(fd, &one, 8)
+
+
+cdef void send_call(int fd, bint is_socket) noexcept nogil:
+    """Send a used buffer notification, and never wait for whoever reads it."""
+    cdef uint64_t one = 1
+    cdef pollfd writable
+    if is_socket:  # exactly eight bytes
+        send(fd, &one, 8, MSG_DONTWAIT | MSG_NOSIGNAL)
+        return
+    # Not blocking, and still asked first: whoever shares the eventfd can take O_NONBLOCK off again.
+    writable.fd = fd
+    writable.events = POLLOUT
+    if poll(&writable, 1, 0) == 1 and writable.revents & POLLOUT:
+        c_write(fd, &one, 8)

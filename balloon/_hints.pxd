@@ -1,0 +1,4 @@
+from balloon._fill cimport queue_t
+from balloon._reclaim cimport reclaim_t
+
+cdef bint fill_hints(queue_t *q, reclaim_t *r) noexcept nogil

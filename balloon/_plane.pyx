@@ -1,0 +1,252 @@
+"""What the queues of one device share: their owner, their lock, their map, and what the control plane sets.
+
+The lock is held for each slice of a drain and never between two, so that threads which serve queues of one
+device take turns, and whoever stops a queue, attaches it or puts it on another map waits, with a time-out
+and without the GIL, until the slice under way has ended and no longer. With nothing to do nobody touches it.
+
+CONTRACTS 4 makes a new map a command to the worker. The lock gives the same promise, no drain ever sees two
+maps, and needs neither a detach nor a way back from one when another device does not become quiet in time.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.errno cimport ETIMEDOUT
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free
+
+from balloon._drain cimport monotonic_ns
+from balloon._fill cimport HINT_IDLE, HINT_REQUESTED, KEEP_POISON, KEEP_REPORTS, span_t
+from balloon._memory cimport GuestMap, check_process, process_generation
+from balloon._parts cimport PartsTable, parts_forget
+from balloon._pthread cimport (
+    CLOCK_REALTIME, clock_gettime, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_timedlock,
+    pthread_mutex_unlock, timespec,
+)
+from balloon._spec cimport HINT_STOP
+
+import threading
+
+from balloon.errors import StateError
+
+cdef extern from "_atomics.h" nogil:
+    int flag_load(const int *p)
+    void flag_store(int *p, int v)
+    void flag_add(int *p, int v)
+
+
+_inside = set()  # threads that are in a before-release hook
+
+
+def run_hook(hook, ranges):
+    """Call a before-release hook: what would wait for it to end raises `StateError` in its thread."""
+    me = threading.get_ident()
+    _inside.add(me)
+    try:
+        return hook(ranges)
+    finally:
+        _inside.discard(me)
+
+
+def check_outside_hook():
+    """Raise `StateError` in a thread that is in a before-release hook (CONTRACTS 8, 9)."""
+    if _inside and threading.get_ident() in _inside:
+        raise StateError("not from inside a before-release hook: its queue waits for it")
+
+
+@cython.final
+cdef class DataPlane:
+    """What the data queues of one device share: their owner, their lock, their map and the poison rule."""
+
+    def __cinit__(self):
+        pthread_mutex_init(&self.lock, NULL)
+        self.generation = process_generation()
+        self.queues = {}
+        self.worker = None
+        self.device.live = 1
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.lock)
+        free(self.device.hints.spans)
+
+    @property
+    def live(self):
+        """Whether queues are served; a worker is told when it begins (A1)."""
+        return bool(flag_load(&self.device.live))
+
+    @live.setter
+    def live(self, bint value):
+        flag_store(&self.device.live, value)
+        if value and self.worker is not None:
+            for queue in self.queues.values():
+                self.worker.poke(queue)
+
+    @property
+    def keep_reported(self):
+        """Whether reported and hinted pages keep their content: a discard would not leave `poison_val` (B12)."""
+        return bool(flag_load(&self.device.keep) & KEEP_POISON)
+
+    @keep_reported.setter
+    def keep_reported(self, bint value):
+        self.set_keep(<int>KEEP_POISON, value)
+
+    @property
+    def reporting(self):
+        """Whether reported pages are discarded; looked at for each descriptor."""
+        return not flag_load(&self.device.keep) & KEEP_REPORTS
+
+    @reporting.setter
+    def reporting(self, bint value):
+        self.set_keep(<int>KEEP_REPORTS, not value)
+
+    cdef void set_keep(self, int bit, bint wanted) noexcept:
+        """Only the control plane writes this."""
+        flag_store(&self.device.keep, self.device.keep | bit if wanted else self.device.keep & ~bit)
+
+    @property
+    def tells(self):
+        """Whether the driver asks before it takes pages back: parts of larger pages then add up."""
+        return bool(flag_load(&self.device.tells))
+
+    @tells.setter
+    def tells(self, bint value):
+        flag_store(&self.device.tells, value)
+
+    @property
+    def strict(self):
+        """Whether the first fault of a queue stops it."""
+        return bool(flag_load(&self.device.strict))
+
+    @strict.setter
+    def strict(self, bint value):
+        flag_store(&self.device.strict, value)
+
+    @property
+    def open_parts(self):
+        """Parts of 4 KiB that the balloon holds of larger pages which are not complete."""
+        return self.device.parts.open_parts if self.device.parts != NULL else 0
+
+    def set_hook(self, roles, double hook_timeout=1.0, double timeout=10.0):
+        """Let ranges of these roles wait for `DataQueue.decide()`, each time at most `hook_timeout` seconds.
+
+        :raise StateError: a drain did not end in time, or this is inside a hook.
+        """
+        cdef int hooked = 0
+        for role in roles:
+            hooked |= <int>(1 << <int>role)
+        self.take(timeout)
+        self.device.hook_timeout_ns = <uint64_t>(hook_timeout * 1e9)
+        flag_store(&self.device.hooked, hooked)
+        self.release()
+
+    def set_rate(self, uint64_t rate_bytes, double timeout=10.0):
+        """Discard at most so many bytes in a second; 0 stands for no limit.
+
+        :raise StateError: a drain did not end in time, or this is inside a hook.
+        """
+        self.take(timeout)
+        self.device.rate = rate_bytes
+        self.device.credit = <long long>rate_bytes
+        self.device.credit_ns = monotonic_ns()
+        self.release()
+
+    def start_hints(self, uint32_t command_id, bint reclaim, double timeout=10.0):
+        """Begin to take hints under an id; the ranges of the round before are forgotten.
+
+        :raise StateError: a drain did not end in time, or this is inside a hook.
+        """
+        self.take(timeout)
+        self.device.hints.id = command_id
+        self.device.hints.reclaim = reclaim
+        self.device.hints.state = HINT_REQUESTED
+        self.device.hints.command = HINT_STOP
+        self.device.hints.count = 0
+        self.device.hints.dropped_bytes = 0
+        self.release()
+
+    def end_hints(self, double timeout=10.0):
+        """Take no more hints. When this returns, none is being discarded (CONTRACTS 23).
+
+        :raise StateError: a drain did not end in time, or this is inside a hook.
+        """
+        self.take(timeout)
+        self.device.hints.state = HINT_IDLE
+        self.release()
+
+    @property
+    def hint_state(self):
+        """Where the hinting round is: HINT_* of `_fill.pxd`."""
+        return self.device.hints.state
+
+    @property
+    def hint_stops(self):
+        """How many STOPs the driver has sent."""
+        return self.device.hints.stops
+
+    def hints(self, double timeout=10.0):
+        """The collected hints as native pairs of u64 (guest address, bytes), and the bytes left out.
+
+        :raise StateError: a drain did not end in time, or this is inside a hook.
+        """
+        self.take(timeout)
+        try:
+            return PyBytes_FromStringAndSize(
+                <char *>self.device.hints.spans, <Py_ssize_t>(self.device.hints.count * sizeof(span_t))
+            ), self.device.hints.dropped_bytes
+        finally:
+            self.release()
+
+    def forget_parts(self):
+        """No part of a larger page is in the balloon any more: under `hold()`, or where no queue runs."""
+        if self.parts is not None:
+            parts_forget(&self.parts.table)
+
+    cdef void see(self, GuestMap memory) except *:
+        """Keep account of the parts of larger pages of this map."""
+        if self.parts_of is not memory:
+            self.parts = PartsTable(memory)
+            self.parts_of = memory
+            self.device.parts = &self.parts.table
+
+    cdef int take(self, double timeout) except -1:
+        """Wait, without the GIL, until no thread is in a slice of this device, and keep all out."""
+        cdef timespec until
+        cdef int status
+        check_process(self.generation)
+        check_outside_hook()
+        if not timeout > 0:  # what is no number does not wait either
+            timeout = 0
+        elif timeout > 1e8:
+            timeout = 1e8
+        clock_gettime(CLOCK_REALTIME, &until)
+        until.tv_sec += <long>timeout
+        until.tv_nsec += <long>((timeout - <double><long>timeout) * 1e9)
+        if until.tv_nsec >= 1000000000:
+            until.tv_sec += 1
+            until.tv_nsec -= 1000000000
+        flag_add(&self.waiting, 1)
+        with nogil:
+            status = pthread_mutex_timedlock(&self.lock, &until)
+        flag_add(&self.waiting, -1)
+        if status == ETIMEDOUT:
+            raise StateError(f"a drain did not end within {timeout:g} seconds; try again")
+        return 0
+
+    cdef void release(self) noexcept:
+        pthread_mutex_unlock(&self.lock)
+
+    def hold(self, double timeout=10.0):
+        """Keep every drain of this device out until `let_go()`.
+
+        :raise StateError: a drain did not end in time.
+        """
+        self.take(timeout)
+
+    def let_go(self):
+        """Let drains in again; only after `hold()`."""
+        self.release()
+
+    def move(self, GuestMap memory not None):
+        """Put every queue on another map, under `hold()`; one whose ring is not in it stops with a fault."""
+        self.see(memory)
+        for queue in self.queues.values():
+            queue.move(memory)

@@ -1,0 +1,72 @@
+"""The statistics queue: the guest's buffer is read into one of ours, and held until it is used to ask again.
+
+Sections of the standard: Traditional Memory Balloon Device: Memory Statistics.
+"""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from balloon._fill cimport count_fault, enter_descriptor, queue_t, stats_t
+from balloon._memory cimport map_find, region_t
+from balloon._reclaim cimport reclaim_t
+from balloon._ring cimport desc_t
+from balloon._spec cimport FAULT_OUTSIDE_MEMORY, FAULT_STATS_LENGTH, STATS_BYTES_MAX
+
+cdef extern from "_atomics.h" nogil:
+    void flag_store(int *p, int v)
+    void full_fence()
+
+cdef extern from "<time.h>" nogil:
+    cdef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *now)
+    int CLOCK_REALTIME
+
+
+cdef bint fill_stats(queue_t *q, reclaim_t *r) noexcept nogil:
+    """Read the statistics buffer into ours: up to the cap, whatever its length and however it is split.
+
+    Who reads it in the control plane takes no lock: it looks whether `version` was odd or has changed.
+    """
+    cdef stats_t *s = q.stats
+    cdef desc_t *d
+    cdef region_t *region
+    cdef uint64_t total = 0
+    cdef uint64_t done, piece, address
+    cdef uint32_t number
+    cdef timespec now
+    flag_store(&s.version, s.version + 1)
+    full_fence()
+    s.size = 0
+    for number in range(q.ring.chain_length):
+        d = &q.ring.chain[number]
+        if not enter_descriptor(q, d, 0):
+            continue
+        total += d.length
+        done = 0
+        while done < d.length and s.size < STATS_BYTES_MAX:
+            address = d.address + done
+            region = map_find(q.map, address)
+            if region == NULL or region.guest > address:
+                count_fault(q, FAULT_OUTSIDE_MEMORY)
+                q.counters.outside_bytes += d.length - done
+                break
+            piece = region.size - (address - region.guest)
+            if piece > d.length - done:
+                piece = d.length - done
+            if piece > STATS_BYTES_MAX - s.size:
+                piece = STATS_BYTES_MAX - s.size
+            memcpy(&s.bytes[s.size], region.host + (address - region.guest), piece)
+            s.size += <uint32_t>piece
+            done += piece
+    if total % 10 or total > STATS_BYTES_MAX:
+        count_fault(q, FAULT_STATS_LENGTH)
+    clock_gettime(CLOCK_REALTIME, &now)
+    s.time_ns = <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+    s.arrivals += 1
+    full_fence()
+    flag_store(&s.version, s.version + 1)
+    q.entered = False
+    r.work += q.ring.chain_length
+    return True
