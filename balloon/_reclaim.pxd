@@ -24,10 +24,13 @@ ctypedef struct reclaim_t:
     uint32_t work            # what this slice has looked at, see SLICE_WORK
     uint64_t bytes
     bint sorted
+    bint settled             # ranges[0..count) is exactly what the kernel will be asked for
     bint vectored            # the kernel takes vectored advice on our own memory
 
 cdef bint reclaim_full(const reclaim_t *r) noexcept nogil
 cdef void reclaim_add(reclaim_t *r, region_t *region, uint64_t start, uint64_t end) noexcept nogil
+cdef void reclaim_settle(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil
+cdef void reclaim_clear(reclaim_t *r) noexcept nogil
 cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil
 
 cdef class Reclaimer:

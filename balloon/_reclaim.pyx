@@ -259,21 +259,23 @@ cdef void discard_vector(reclaim_t *r, range_t *pieces, uint32_t count,
             first += 1
 
 
-cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil:
-    """Give everything that was added back to the kernel; empty afterwards."""
+cdef void reclaim_settle(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil:
+    """Decide what the kernel will be asked for: sorted, merged, whole pages, in memory that has a method.
+
+    Whoever has a say in what is given away may then remove some of `r.ranges[0..r.count)`; nothing is added
+    between this and the flush.
+    """
     cdef uint32_t number
     cdef uint32_t kept = 0
     cdef range_t *piece
     cdef uint64_t page, start, end
-    cdef int method
     if r.count:
         if not r.sorted:
             sort_ranges(r)
         merge_ranges(r)
     for number in range(r.count):
         piece = &r.ranges[number]
-        method = flag_load(&piece.region.method)
-        if method == METHOD_NONE:
+        if flag_load(&piece.region.method) == METHOD_NONE:
             counters.skipped_bytes += piece.end - piece.start
             continue
         page = piece.region.page
@@ -283,9 +285,39 @@ cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nog
             counters.clipped_bytes += piece.end - piece.start
             continue
         counters.clipped_bytes += (piece.end - piece.start) - (end - start)
+        r.ranges[kept].region = piece.region  # kept <= number: what is overwritten was read
+        r.ranges[kept].start = start
+        r.ranges[kept].end = end
+        kept += 1
+    r.count = kept
+    r.sorted = True
+    r.settled = True
+
+
+cdef void reclaim_clear(reclaim_t *r) noexcept nogil:
+    """Forget what was added: it is done, or a drain was left half-way."""
+    r.count = 0
+    r.bytes = 0
+    r.work = 0
+    r.sorted = True
+    r.settled = False
+
+
+cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil:
+    """Give everything that was added back to the kernel; empty afterwards."""
+    cdef uint32_t number
+    cdef uint32_t kept = 0
+    cdef range_t *piece
+    cdef int method
+    if not r.settled:
+        reclaim_settle(r, counters)
+    for number in range(r.count):
+        piece = &r.ranges[number]
+        method = flag_load(&piece.region.method)
+        if method == METHOD_NONE:  # refused since it was settled
+            counters.skipped_bytes += piece.end - piece.start
+            continue
         counters.ranges += 1
-        piece.start = start
-        piece.end = end
         if method == METHOD_DONTNEED and r.vectored:
             r.ranges[kept] = piece[0]
             kept += 1
@@ -293,10 +325,7 @@ cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nog
             discard_one(piece, method, counters)
     if kept:
         discard_vector(r, r.ranges, kept, counters)
-    r.count = 0
-    r.bytes = 0
-    r.work = 0
-    r.sorted = True
+    reclaim_clear(r)
 
 
 @cython.final
