@@ -28,7 +28,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("_ring", "_reclaim"),
     ("_drain",),
     ("_queue", "_reactor"),
-    ("_worker",),
+    ("_worker", "backing"),
     ("memory", "stats"),
     ("device",),
     ("mmio", "pci", "vhost_user", "testing"),
