@@ -11,7 +11,7 @@ ctypedef struct region_t:
     uint64_t size        # bytes
     char *host           # where that byte is in this process
     uint64_t fd_offset   # where it is in the file
-    uint64_t page        # bytes of one page of the backing
+    uint64_t page        # given back whole or not at all: a page of the backing, or a larger declared one
     int fd               # the file, or -1
     int method           # METHOD_*, atomic: a drain lowers it to NONE when the kernel refuses
     int refused          # errno of that refusal, atomic; 0 when there is nothing to look into
@@ -30,6 +30,11 @@ cdef class BufferHold:
     cdef Py_buffer view
     cdef bint held
     cpdef release(self)
+
+cdef class FileMapping:
+    cdef char *start
+    cdef size_t size
+    cpdef close(self)
 
 cdef class GuestMap:
     cdef map_t map

@@ -11,7 +11,7 @@ Rules:
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport errno
+from libc.errno cimport ENOMEM, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
@@ -28,6 +28,11 @@ cdef extern from "<sys/types.h>" nogil:
 
 cdef extern from "<sys/mman.h>" nogil:
     int c_mincore "mincore"(void *address, size_t length, unsigned char *vec)
+    void *c_mmap "mmap"(void *address, size_t length, int prot, int flags, int fd, off_t offset)
+    int c_munmap "munmap"(void *address, size_t length)
+    int PROT_NONE, PROT_READ, PROT_WRITE
+    int MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED
+    void *MAP_FAILED
 
 cdef extern from "<sys/vfs.h>" nogil:
     cdef struct statfs_t "statfs":
@@ -148,6 +153,55 @@ cdef class BufferHold:
 
 
 @cython.final
+cdef class FileMapping:
+    """Maps a part of a file, shared and writable, at an address that is a multiple of `page` bytes.
+
+    :raise OSError: mmap(2) failed.
+    """
+
+    def __cinit__(self, int fd, size_t size, off_t offset, size_t page):
+        cdef char *space
+        cdef char *end
+        cdef size_t skip
+        self.start = NULL
+        self.size = size
+        if size > <size_t>-1 - page:
+            raise OSError(ENOMEM, os.strerror(ENOMEM))
+        # Room in which such an address lies, the file over it, and what is left on both sides goes.
+        space = <char *>c_mmap(
+            NULL, size + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if space == <char *>MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        end = space + size + page
+        skip = (page - <uintptr_t>space % page) % page
+        self.start = <char *>c_mmap(
+            space + skip, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, offset)
+        if self.start == <char *>MAP_FAILED:
+            self.start = NULL
+            error = errno
+            c_munmap(space, size + page)
+            raise OSError(error, os.strerror(error))
+        if skip:
+            c_munmap(space, skip)
+        if self.start + size < end:
+            c_munmap(self.start + size, <size_t>(end - self.start) - size)
+
+    def __dealloc__(self):
+        self.close()
+
+    @property
+    def address(self):
+        """Where it is in this process, or 0 once it was closed."""
+        return <uintptr_t>self.start
+
+    cpdef close(self):
+        """Unmap it; a second call does nothing."""
+        if self.start != NULL:
+            c_munmap(self.start, self.size)
+            self.start = NULL
+
+
+@cython.final
 cdef class GuestMap:
     """An immutable table of regions.
 
@@ -173,6 +227,8 @@ cdef class GuestMap:
                 raise ConfigError(f"a region of {size} bytes at guest address {guest:#x} cannot be")
             if guest < end:
                 raise ConfigError(f"the region at guest address {guest:#x} overlaps the one below it")
+            # Pages lie in host memory, and so do their parts of 4096 bytes: the index of one is
+            # (host address - region.host) / page. So they may begin at any 4096 bytes of the guest.
             if page < 4096 or page & (page - 1) or guest % 4096 or (host | size | fd_offset) % page:
                 raise ConfigError(
                     f"the region at guest address {guest:#x} is not aligned to its page of {page} bytes"

@@ -26,7 +26,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from balloon._memory import BufferHold, file_page_bytes, probe_punch
+from balloon._memory import BufferHold, FileMapping, file_page_bytes, probe_punch
 from balloon.errors import ConfigError
 
 __all__ = ["FdRegion", "Mapping", "Piece", "Region", "map_fd", "read_mappings"]
@@ -104,7 +104,10 @@ def classify_fd(fd: int, page_bytes: int, shared_file: bool) -> tuple[str, str]:
 
 @dataclass
 class Piece:
-    """The part of a region that lies in one mapping of this process."""
+    """The part of a region that lies in one mapping of this process.
+
+    `page_bytes` is the page that is given back whole or not at all: the backing's, or a larger declared one.
+    """
 
     guest_address: int
     size: int
@@ -125,6 +128,7 @@ class FdRegion:
     offset: int
     guest_address: int
     shared_file: bool = True
+    page_bytes: int | None = None
 
 
 @dataclass(eq=False)
@@ -138,8 +142,9 @@ class Region:
     offset: int = 0
     shared_file: bool = False
     pieces: list[Piece] = field(default_factory=list, repr=False)
+    _declared: int | None = field(default=None, repr=False)
     _hold: BufferHold | None = field(default=None, repr=False)
-    _mapped: mmap.mmap | None = field(default=None, repr=False)
+    _mapped: mmap.mmap | FileMapping | None = field(default=None, repr=False)
     _owner: object = field(default=None, repr=False)
 
     @property
@@ -155,11 +160,12 @@ class Region:
 
     @property
     def page_bytes(self) -> int:
-        """The largest page of what backs it: smaller parts cannot be given back."""
+        """The largest page of what backs it, or the declared one: smaller parts are not given back."""
         return max(piece.page_bytes for piece in self.pieces)
 
     def _find_pieces(self) -> None:
         """Split the region by the mappings that it lies in; a file that we have mapped is one."""
+        check_page(self._declared)
         end = self.host_address + self.size
         here = self.host_address
         if self.fd >= 0:
@@ -185,6 +191,13 @@ class Region:
 
     def _add_piece(self, here: int, size: int, page_bytes: int, method: str, reason: str) -> int:
         """Add the part of the region that begins at an address; returns where the next one begins."""
+        if self._declared is not None:
+            if self._declared < page_bytes:
+                raise ConfigError(
+                    f"the region at {self.guest_address:#x} lies in pages of {page_bytes} bytes: "
+                    f"it cannot be given back in pages of {self._declared}"
+                )
+            page_bytes = self._declared
         into = here - self.host_address
         self.pieces.append(
             Piece(self.guest_address + into, size, here, self.offset + into, page_bytes, method, reason)
@@ -224,6 +237,12 @@ class Region:
         self._release()
 
 
+def check_page(page_bytes: int | None) -> None:
+    """Refuse a declared page that no page can be; whether the backing's own is smaller shows later."""
+    if page_bytes is not None and (page_bytes < 1 or page_bytes & (page_bytes - 1)):
+        raise ConfigError(f"a page of {page_bytes} bytes: it has to be a power of two")
+
+
 def map_fd(wanted: FdRegion) -> Region:
     """Map a file shared and writable, and keep an fd of our own to punch holes through."""
     where = f"the region at {wanted.guest_address:#x}"
@@ -240,20 +259,32 @@ def map_fd(wanted: FdRegion) -> Region:
         )
     if wanted.offset % mmap.ALLOCATIONGRANULARITY:
         raise ConfigError(f"{where} starts at offset {wanted.offset} of its file, which is no page")
+    check_page(wanted.page_bytes)
+    if wanted.page_bytes is not None and (wanted.offset | wanted.size) % wanted.page_bytes:
+        raise ConfigError(f"{where} has to start and end at a page of {wanted.page_bytes} bytes in its file")
+    mapped: mmap.mmap | FileMapping
+    hold: BufferHold | None = None
     try:
-        mapped = mmap.mmap(wanted.fd, wanted.size, offset=wanted.offset)
+        if wanted.page_bytes is None:
+            mapped = mmap.mmap(wanted.fd, wanted.size, offset=wanted.offset)
+            hold = BufferHold(mapped)
+            address = hold.address
+        else:  # mmap.mmap has no say in where it lies
+            page_bytes = max(wanted.page_bytes, file_page_bytes(wanted.fd))
+            mapped = FileMapping(wanted.fd, wanted.size, wanted.offset, page_bytes)
+            address = mapped.address
     except PermissionError as error:
         raise ConfigError(f"{where}: the file is read-only or sealed against writing") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where} cannot be mapped: {error}") from error
-    hold = BufferHold(mapped)
     return Region(
         wanted.guest_address,
         wanted.size,
-        hold.address,
+        address,
         os.dup(wanted.fd),
         wanted.offset,
         wanted.shared_file,
+        _declared=wanted.page_bytes,
         _hold=hold,
         _mapped=mapped,
     )

@@ -73,42 +73,80 @@ class GuestMemory:
         """Bytes of all regions."""
         return sum(region.size for region in self._regions)
 
-    def add(self, buffer: Any, *, guest_address: int = 0, shared_file: bool = False) -> Region:
+    def add(
+        self,
+        buffer: Any,
+        *,
+        guest_address: int = 0,
+        shared_file: bool = False,
+        page_bytes: int | None = None,
+    ) -> Region:
         """Map any writable buffer (mmap, numpy array, ctypes array, memoryview) as guest RAM.
 
         The buffer is held until the region is removed: closing or resizing it fails meanwhile.
+        With `page_bytes` it is given back only in whole pages of that size: a power of two, and no less
+        than a page of what backs it. That keeps huge pages whole.
 
-        :raise ConfigError: it is not writable, not page-aligned, or overlaps another region.
+        :raise ConfigError: it is not writable, not page-aligned, or overlaps another region; or `page_bytes`
+            cannot be, or the buffer's address or size is no multiple of it.
         :raise StateError: the memory was closed.
         """
         hold = BufferHold(buffer)
-        region = Region(guest_address, hold.size, hold.address, shared_file=shared_file, _hold=hold)
+        region = Region(
+            guest_address,
+            hold.size,
+            hold.address,
+            shared_file=shared_file,
+            _declared=page_bytes,
+            _hold=hold,
+        )
         return self._add(region)
 
     def add_address(
-        self, address: int, size: int, *, owner: object, guest_address: int = 0, shared_file: bool = False
+        self,
+        address: int,
+        size: int,
+        *,
+        owner: object,
+        guest_address: int = 0,
+        shared_file: bool = False,
+        page_bytes: int | None = None,
     ) -> Region:
         """Map `size` bytes at a raw address of this process; `owner` is kept alive meanwhile.
 
-        :raise ConfigError: it is not mapped writable, not page-aligned, or overlaps another region.
+        `page_bytes` is the same as for `add`.
+
+        :raise ConfigError: it is not mapped writable, not page-aligned, or overlaps another region; or
+            `page_bytes` cannot be.
         :raise StateError: the memory was closed.
         """
         if address < 0 or size <= 0 or address + size > 1 << 64:
             raise ConfigError(f"{size} bytes at address {address:#x} cannot be")
-        return self._add(Region(guest_address, size, address, shared_file=shared_file, _owner=owner))
+        region = Region(
+            guest_address, size, address, shared_file=shared_file, _declared=page_bytes, _owner=owner
+        )
+        return self._add(region)
 
     def add_fd(
-        self, fd: int, size: int, *, offset: int = 0, guest_address: int = 0, shared_file: bool = False
+        self,
+        fd: int,
+        size: int,
+        *,
+        offset: int = 0,
+        guest_address: int = 0,
+        shared_file: bool = False,
+        page_bytes: int | None = None,
     ) -> Region:
         """Map a part of a memfd or file as guest RAM; the fd stays the caller's.
 
         A file that has a name is not discarded from unless `shared_file` says that nobody else needs it.
+        `page_bytes` is the same as for `add`; the file is mapped at a multiple of it.
 
         :raise ConfigError: it reaches past the end of the file, cannot be mapped writable, is not
-            page-aligned, or overlaps another region.
+            page-aligned, or overlaps another region; or `page_bytes` cannot be.
         :raise StateError: the memory was closed.
         """
-        return self._add(map_fd(FdRegion(fd, size, offset, guest_address, shared_file)))
+        return self._add(map_fd(FdRegion(fd, size, offset, guest_address, shared_file, page_bytes)))
 
     def remove(self, region: Region, timeout: float = TIMEOUT) -> None:
         """Unmap a region, once no drain is on it. A ring that lay in it stops with a fault.

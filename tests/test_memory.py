@@ -23,8 +23,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import balloon.memory
-from balloon import Balloon, Effect, GuestMemory, Status, Worker
-from balloon._memory import METHODS, BufferHold, GuestMap
+from balloon import Balloon, Effect, GuestMemory, Region, Status, Worker
+from balloon._memory import METHODS, BufferHold, FileMapping, GuestMap
+from balloon._reclaim import Reclaimer
 from balloon._ring import SplitRing
 from balloon.errors import ConfigError, RingError, StateError
 from balloon.memory import FdRegion
@@ -938,6 +939,146 @@ def test_a_ring_lies_over_the_pieces_of_a_region(patchwork: tuple[int, int]) -> 
     assert descriptors == base + 8 * PAGE - 256
     driver.report([(MIB, 4 * PAGE)], indirect=False)
     assert device.counters.advised_bytes == 4 * PAGE
+
+
+# ---------------------------------------------------------------------------------------------- declared pages
+
+BIG = 64 * KIB
+
+
+@contextlib.contextmanager
+def aligned(size: int, to: int = BIG, skip: int = 0) -> Iterator[int]:
+    """Private memory `skip` bytes above a multiple of `to`: its address."""
+    ram = mmap.mmap(-1, size + 2 * to, flags=PRIVATE)
+    yield -(-address_of(ram) // to) * to + skip
+    ram.close()
+
+
+def add_anyhow(memory: GuestMemory, kind: str, address: int, fd: int, size: int, **more: Any) -> Region:
+    """Add the same memory as a buffer, as an address, or a file as an fd or by `replace`."""
+    if kind == "buffer":
+        return memory.add((ctypes.c_char * size).from_address(address), **more)
+    if kind == "address":
+        return memory.add_address(address, size, owner=None, **more)
+    if kind == "fd":
+        return memory.add_fd(fd, size, **more)
+    memory.replace([FdRegion(fd, size, 0, more.pop("guest_address", 0), **more)])
+    return memory.regions[0]
+
+
+ANYHOW = ("buffer", "address", "fd", "replace")
+
+
+@pytest.mark.parametrize("kind", ANYHOW)
+@pytest.mark.parametrize("page", [PAGE, BIG, 4 * BIG])
+def test_a_declared_page_is_the_page_of_the_region_and_of_the_map(kind: str, page: int) -> None:
+    """The guest address need not be a multiple of it: pages lie in host memory."""
+    fd = memory_file(4 * BIG)
+    with aligned(4 * BIG, 4 * BIG) as address, GuestMemory() as memory:
+        guest = BIG + 3 * PAGE
+        region = add_anyhow(memory, kind, address, fd, 4 * BIG, guest_address=guest, page_bytes=page)
+        assert region.page_bytes == page
+        assert [piece.page_bytes for piece in region.pieces] == [page]
+        assert region.host_address % page == 0
+        assert memory.map.translate(guest, 4 * BIG) == [(guest, region.host_address, 4 * BIG)]
+        with recorded(calls := []):
+            Reclaimer().discard(memory.map, [(guest + PAGE, 4 * BIG - 2 * PAGE)])
+        start = region.host_address if kind in ("buffer", "address") else 0
+        assert calls == ([(start + page, 4 * BIG - 2 * page)] if page < 2 * BIG else [])
+    assert mappings_of(fd) == 0
+    os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ANYHOW)
+@pytest.mark.parametrize(
+    ("size", "page", "text"),
+    [
+        (BIG, 0, "page of 0 bytes: it has to be a power of two"),
+        (BIG, -PAGE, "a power of two"),
+        (3 * PAGE, 3 * PAGE, "page of 12288 bytes: it has to be a power of two"),
+        (BIG, 2048, "lies in pages of 4096 bytes: it cannot be given back in pages of 2048"),
+        (BIG, 1, "it cannot be given back in pages of 1"),
+        (BIG + PAGE, BIG, "start and end at a page of 65536 bytes"),
+        (BIG, 2 * BIG, "start and end at a page of 131072 bytes"),
+        (BIG, 1 << 70, "start and end at a page of"),
+    ],
+)
+def test_a_declared_page_that_cannot_be_is_refused(kind: str, size: int, page: int, text: str) -> None:
+    fd = memory_file(2 * BIG)
+    before = open_fds()
+    with aligned(2 * BIG, 2 * BIG) as address:
+        memory = GuestMemory()
+        with pytest.raises(ConfigError, match=text):
+            add_anyhow(memory, kind, address, fd, size, page_bytes=page)
+        assert (memory.regions, open_fds(), mappings_of(fd)) == ((), before, 0)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "address"])
+def test_memory_that_does_not_begin_at_its_declared_page_is_refused(kind: str) -> None:
+    with (
+        aligned(2 * BIG, BIG, skip=PAGE) as address,
+        pytest.raises(ConfigError, match="start and end at a page of 65536 bytes"),
+    ):
+        add_anyhow(GuestMemory(), kind, address, -1, BIG, page_bytes=BIG)
+
+
+def test_a_file_does_not_begin_inside_a_declared_page() -> None:
+    fd = memory_file(4 * BIG)
+    with pytest.raises(ConfigError, match="start and end at a page of 65536 bytes in its file"):
+        GuestMemory().add_fd(fd, BIG, offset=PAGE, page_bytes=BIG)
+    with GuestMemory() as memory:
+        region = memory.add_fd(fd, BIG, offset=2 * BIG, page_bytes=BIG)
+        os.pwrite(fd, b"here", 2 * BIG)
+        assert ctypes.string_at(region.host_address, 4) == b"here"
+    os.close(fd)
+
+
+def test_a_declared_page_does_not_lie_over_two_mappings(patchwork: tuple[int, int]) -> None:
+    """8 pages of each: 32 KiB can be, where the address allows it, and 64 KiB never."""
+    base, _ = patchwork
+    with pytest.raises(ConfigError, match="start and end at a page of 65536 bytes"):
+        GuestMemory().add_address(base, 16 * PAGE, owner=None, page_bytes=BIG)
+
+
+@pytest.mark.parametrize("flaw", ["read-only fd", "write seal"])
+def test_a_file_with_a_declared_page_has_to_be_writable_too(flaw: str, tmp_path: Path) -> None:
+    if flaw == "write seal":
+        fd = memory_file(BIG, F_SEAL_WRITE)
+    else:
+        (tmp_path / "ram").write_bytes(bytes(BIG))
+        fd = os.open(tmp_path / "ram", os.O_RDONLY)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        before = len(maps.readlines())
+    with pytest.raises(ConfigError, match="read-only or sealed against writing"):
+        GuestMemory().add_fd(fd, BIG, shared_file=True, page_bytes=BIG)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        assert len(maps.readlines()) == before
+    os.close(fd)
+
+
+def test_a_file_mapping_leaves_nothing_of_the_room_that_it_was_put_into() -> None:
+    fd = memory_file(4 * BIG)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        before = len(maps.readlines())
+    mapped = FileMapping(fd, 4 * BIG, 0, 2 * MIB)
+    assert mapped.address % (2 * MIB) == 0
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        lines = maps.readlines()
+    (ours,) = [line for line in lines if line.split()[4] == str(os.fstat(fd).st_ino)]
+    assert ours.startswith(f"{mapped.address:x}-{mapped.address + 4 * BIG:x} rw-s")
+    ends = (f"{mapped.address + 4 * BIG:x}-", f"-{mapped.address:x} ")
+    assert not [line for line in lines if " ---p " in line and any(end in line for end in ends)]
+    mapped.close()
+    mapped.close()
+    assert (mapped.address, mappings_of(fd)) == (0, 0)
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        FileMapping(9999, PAGE, 0, PAGE)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        FileMapping(fd, (1 << 64) - PAGE, 0, 2 * PAGE)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        assert len(maps.readlines()) <= before + 1
+    os.close(fd)
 
 
 # ----------------------------------------------------------------------------------- memory, devices, threads

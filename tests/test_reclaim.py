@@ -946,6 +946,62 @@ def test_sixteen_page_frame_numbers_make_a_64_KiB_page(large_pages: tuple[int, i
     assert ctypes.string_at(start + 3 * big, 7 * big) == b"\x33" * (7 * big)
 
 
+@pytest.mark.parametrize("kind", ["private", "shared", "memfd"])
+@pytest.mark.parametrize("page", [64 * KIB, HUGE])
+def test_a_declared_page_goes_whole_or_not_at_all(kind: str, page: int) -> None:
+    """Through the whole library: a device, reports and page frame numbers, content and mincore(2)."""
+    size = 6 * page
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, size)
+    ram = mmap.mmap(-1, size + page, flags=PRIVATE if kind == "private" else SHARED)
+    guest = RAM_AT + 5 * PAGE
+    with GuestMemory() as memory:
+        if kind == "memfd":
+            region = memory.add_fd(fd, size, guest_address=guest, page_bytes=page)
+        else:
+            at = -(-address_of(ram) // page) * page
+            region = memory.add_address(at, size, owner=ram, guest_address=guest, page_bytes=page)
+        device, driver = make_device(memory)
+        words = driver.ram.array(guest, "<u8", size // 8).reshape(6, -1)
+        words[:] = 7
+        driver.report([(guest + PAGE, 2 * page - PAGE), (guest + 3 * page, page - PAGE)])
+        post_pages(driver, range((guest + 5 * page) // PAGE, (guest + 6 * page) // PAGE))
+        driver.kick(Role.INFLATE, always=True)
+        there = resident(region.host_address, size).reshape(6, -1)
+        assert [row.mean() for row in there] == [1, 0, 1, 1, 1, 0]
+        assert [set(row.tolist()) for row in words] == [{7}, {0}, {7}, {7}, {7}, {0}]
+        counters = device.counters
+        assert (counters.advised_bytes, counters.clipped_bytes) == (2 * page, 2 * (page - PAGE))
+        del words, driver, device
+    os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "fd"])
+def test_a_declared_page_is_no_smaller_than_a_huge_page_and_may_be_larger(
+    kind: str, huge_pages: None
+) -> None:
+    with contextlib.ExitStack() as stack:
+        fd = memory_file(stack, 4 * HUGE, MFD_HUGETLB)
+        memory = stack.enter_context(GuestMemory())
+
+        def add(page: int) -> Region:
+            if kind == "fd":
+                return memory.add_fd(fd, 4 * HUGE, page_bytes=page)
+            return memory.add(mmap.mmap(fd, 4 * HUGE), page_bytes=page)
+
+        with pytest.raises(ConfigError, match="lies in pages of 2097152 bytes: it cannot be given back in pages"):
+            add(64 * KIB)
+        assert not memory.regions
+        if kind == "buffer":
+            return  # where mmap(2) puts it, only 2 MiB are certain
+        region = add(2 * HUGE)
+        ctypes.memset(region.host_address, 1, 4 * HUGE)
+        before = blocks(fd)
+        Reclaimer().discard(memory.map, [(HUGE, 3 * HUGE)])
+        assert before - blocks(fd) == 2 * HUGE
+        assert ctypes.string_at(region.host_address + HUGE, 1) == b"\1"
+
+
 # ------------------------------------------------------------------------------------------- sorting, merging
 
 UNIT = 512
