@@ -14,6 +14,7 @@ from setuptools import Extension, setup
 
 MODULES = [
     "balloon._drain",
+    "balloon._kernel",
     "balloon._memory",
     "balloon._queue",
     "balloon._reactor",

@@ -31,11 +31,6 @@ cdef class BufferHold:
     cdef bint held
     cpdef release(self)
 
-cdef class FileMapping:
-    cdef char *start
-    cdef size_t size
-    cpdef close(self)
-
 cdef class GuestMap:
     cdef map_t map
     cdef readonly object holds

@@ -11,9 +11,10 @@ Rules:
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport ENOMEM, errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
+
+from balloon._kernel cimport kernel_resident
 
 import os
 
@@ -22,31 +23,6 @@ from balloon.errors import ConfigError, StateError
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
-
-cdef extern from "<sys/types.h>" nogil:
-    ctypedef long off_t
-
-cdef extern from "<sys/mman.h>" nogil:
-    int c_mincore "mincore"(void *address, size_t length, unsigned char *vec)
-    void *c_mmap "mmap"(void *address, size_t length, int prot, int flags, int fd, off_t offset)
-    int c_munmap "munmap"(void *address, size_t length)
-    int PROT_NONE, PROT_READ, PROT_WRITE
-    int MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED
-    void *MAP_FAILED
-
-cdef extern from "<sys/vfs.h>" nogil:
-    cdef struct statfs_t "statfs":
-        long f_type
-        long f_bsize
-    int c_fstatfs "fstatfs"(int fd, statfs_t *found)
-
-cdef extern from "<fcntl.h>" nogil:
-    int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length)
-    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-
-cdef extern from "<unistd.h>" nogil:
-    long sysconf(int name)
-    int _SC_PAGESIZE
 
 
 cdef int generation = 0  # counts forks on the child's side
@@ -69,10 +45,6 @@ cdef int check_process(int made) except -1:
     if made != generation:
         raise StateError("this belongs to the parent process: a fork does not take it along")
     return 0
-
-
-cdef enum:
-    HUGETLBFS_MAGIC = 0x958458f6
 
 
 METHODS = ("none", "dontneed", "remove", "punch")
@@ -150,55 +122,6 @@ cdef class BufferHold:
         if self.held:
             self.held = False
             PyBuffer_Release(&self.view)
-
-
-@cython.final
-cdef class FileMapping:
-    """Maps a part of a file, shared and writable, at an address that is a multiple of `page` bytes.
-
-    :raise OSError: mmap(2) failed.
-    """
-
-    def __cinit__(self, int fd, size_t size, off_t offset, size_t page):
-        cdef char *space
-        cdef char *end
-        cdef size_t skip
-        self.start = NULL
-        self.size = size
-        if size > <size_t>-1 - page:
-            raise OSError(ENOMEM, os.strerror(ENOMEM))
-        # Room in which such an address lies, the file over it, and what is left on both sides goes.
-        space = <char *>c_mmap(
-            NULL, size + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        if space == <char *>MAP_FAILED:
-            raise OSError(errno, os.strerror(errno))
-        end = space + size + page
-        skip = (page - <uintptr_t>space % page) % page
-        self.start = <char *>c_mmap(
-            space + skip, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, offset)
-        if self.start == <char *>MAP_FAILED:
-            self.start = NULL
-            error = errno
-            c_munmap(space, size + page)
-            raise OSError(error, os.strerror(error))
-        if skip:
-            c_munmap(space, skip)
-        if self.start + size < end:
-            c_munmap(self.start + size, <size_t>(end - self.start) - size)
-
-    def __dealloc__(self):
-        self.close()
-
-    @property
-    def address(self):
-        """Where it is in this process, or 0 once it was closed."""
-        return <uintptr_t>self.start
-
-    cpdef close(self):
-        """Unmap it; a second call does nothing."""
-        if self.start != NULL:
-            c_munmap(self.start, self.size)
-            self.start = NULL
 
 
 @cython.final
@@ -302,48 +225,10 @@ cdef class GuestMap:
         if index >= self.map.count:
             raise IndexError(index)
         cdef region_t *region = &self.map.regions[index]
-        cdef uint64_t page = <uint64_t>sysconf(_SC_PAGESIZE)
-        cdef uint64_t done = 0
-        cdef uint64_t chunk, pages, number
-        cdef uint64_t resident = 0
-        cdef unsigned char seen[4096]
-        cdef int failed = 0
+        cdef uint64_t resident
+        cdef int failed
         with nogil:
-            while done < region.size:
-                chunk = region.size - done
-                if chunk > page * 4096:
-                    chunk = page * 4096
-                if c_mincore(region.host + done, chunk, seen) != 0:
-                    failed = 1
-                    break
-                pages = (chunk + page - 1) / page
-                for number in range(pages):
-                    resident += seen[number] & 1
-                done += chunk
+            failed = kernel_resident(<uint64_t>region.host, region.size, &resident)
         if failed:
             raise OSError(f"guest memory at {region.guest:#x} is not mapped any more")
-        return resident * page
-
-
-def file_page_bytes(int fd):
-    """Bytes of one page of what backs a file: the huge page on hugetlbfs, else the host's page.
-
-    :raise OSError: fstatfs(2) failed.
-    """
-    cdef statfs_t found
-    if c_fstatfs(fd, &found) != 0:
-        raise OSError(errno, os.strerror(errno))
-    return found.f_bsize if found.f_type == HUGETLBFS_MAGIC else sysconf(_SC_PAGESIZE)
-
-
-def probe_punch(int fd, uint64_t page):
-    """Whether holes can be punched into a file: 0, or the errno that says why not.
-
-    Asks for a hole just behind the end of the file: that changes nothing, and meets the same seals, modes
-    and file systems as a hole inside it.
-    """
-    size = os.fstat(fd).st_size
-    cdef off_t end = (size + page - 1) // page * page
-    if c_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, end, <off_t>page) == 0:
-        return 0
-    return errno
+        return resident

@@ -26,7 +26,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from balloon._memory import BufferHold, FileMapping, file_page_bytes, probe_punch
+from balloon._kernel import FileMapping, file_page_bytes, probe_punch
+from balloon._memory import BufferHold
 from balloon.errors import ConfigError
 
 __all__ = ["FdRegion", "Mapping", "Piece", "Region", "map_fd", "read_mappings"]

@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "_spec", "_atomics", "_pthread"),
+    ("errors", "spec", "_spec", "_atomics", "_pthread", "_kernel"),
     ("_memory",),
     ("_ring", "_reclaim"),
     ("_drain",),

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 import balloon.memory
 from balloon import Balloon, Effect, GuestMemory, Region, Status, Worker
-from balloon._memory import METHODS, BufferHold, FileMapping, GuestMap
+from balloon._kernel import FileMapping
+from balloon._memory import METHODS, BufferHold, GuestMap
 from balloon._reclaim import Reclaimer
 from balloon._ring import SplitRing
 from balloon.errors import ConfigError, RingError, StateError

@@ -32,7 +32,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from balloon import Balloon, GuestMemory, Region, Worker
-from balloon._memory import GuestMap, probe_punch
+from balloon._kernel import probe_punch
+from balloon._memory import GuestMap
 from balloon._queue import DataPlane, DataQueue
 from balloon._reclaim import Reclaimer
 from balloon._ring import SplitRing
