@@ -15,6 +15,7 @@ ctypedef struct region_t:
     int fd               # the file, or -1
     int method           # METHOD_*, atomic: a drain lowers it to NONE when the kernel refuses
     int refused          # errno of that refusal, atomic; 0 when there is nothing to look into
+    const int *inhibited  # atomic, never NULL; unless it is 0 nothing is given back
 
 ctypedef struct map_t:
     size_t count
@@ -31,6 +32,11 @@ cdef class BufferHold:
     cdef bint held
     cpdef release(self)
 
+cdef class Inhibition:
+    cdef int inhibited   # how many inhibitions are in force, atomic
+    cdef int running     # how many calls of Reclaimer.discard() are in the kernel, atomic
+
 cdef class GuestMap:
     cdef map_t map
+    cdef readonly Inhibition inhibition
     cdef readonly object holds

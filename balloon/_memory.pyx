@@ -23,6 +23,8 @@ from balloon.errors import ConfigError, StateError
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
+    void flag_add(int *p, int v)
+    void full_fence()
 
 
 cdef int generation = 0  # counts forks on the child's side
@@ -125,20 +127,49 @@ cdef class BufferHold:
 
 
 @cython.final
+cdef class Inhibition:
+    """The word by which discards are inhibited: one for a guest's memory, whatever map is in force.
+
+    Drains look at it right before each system call. It counts, and is no barrier: `GuestMemory.inhibit` is.
+    """
+
+    def begin(self):
+        """No discard starts that has not passed its look at the word yet."""
+        flag_add(&self.inhibited, 1)
+        full_fence()  # before a look at what is under way: see Reclaimer.discard
+
+    def end(self):
+        """Take one `begin()` back; discards go on after the last."""
+        flag_add(&self.inhibited, -1)
+
+    @property
+    def count(self):
+        """How many are in force."""
+        return flag_load(&self.inhibited)
+
+    @property
+    def discarding(self):
+        """How many calls of `Reclaimer.discard` are in the kernel for this memory."""
+        return flag_load(&self.running)
+
+
+@cython.final
 cdef class GuestMap:
     """An immutable table of regions.
 
     `regions` is a sequence of tuples (guest address, size, host address, fd or -1, offset in the file,
-    page size of the backing, method). `holds` is whatever has to stay alive as long as the map does.
+    page that is given back whole or not at all, method). `holds` is whatever has to stay alive as long as
+    the map does. `inhibition` is the guest memory's, which outlives the map; without it the map has its own.
 
     :raise ConfigError: a region is empty, ends above 2^64, overlaps another or is not page-aligned.
     """
 
-    def __cinit__(self, regions, holds=()):
+    def __cinit__(self, regions, holds=(), Inhibition inhibition=None):
         cdef size_t index = 0
         cdef region_t *region
         rows = sorted(regions)
         self.holds = tuple(holds)
+        self.inhibition = Inhibition() if inhibition is None else inhibition
         self.map.count = 0
         self.map.regions = <region_t *>calloc(<size_t>max(1, len(rows)), sizeof(region_t))
         if self.map.regions == NULL:
@@ -166,6 +197,7 @@ cdef class GuestMap:
             region.page = page
             region.method = METHODS.index(method)
             region.refused = 0
+            region.inhibited = &self.inhibition.inhibited
             index += 1
         self.map.count = index
 

@@ -8,6 +8,8 @@ Rules:
   and fallocate(2) zeroes the edges, so that an untrimmed run destroys its neighbours.
 * A run that fails is counted and skipped; the others go on (CONTRACTS 16). If the kernel refuses the call
   as such, the region's method becomes "none", and the control plane looks into it once.
+* Whether discards are inhibited is looked at right before each system call, its repetitions too. A flush is
+  of one map, so that in a vectored call one look is good for all runs.
 """
 
 cimport cython
@@ -30,6 +32,8 @@ from balloon.errors import StateError
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
+    void flag_add(int *p, int v)
+    void full_fence()
 
 
 cdef bint reclaim_full(const reclaim_t *r) noexcept nogil:
@@ -136,6 +140,9 @@ cdef void discard_one(range_t *piece, int method, reclaim_counters_t *counters) 
     cdef int error
     cdef int tries = 0
     while True:
+        if flag_load(piece.region.inhibited):
+            counters.inhibited_bytes += length
+            return
         counters.system_calls += 1
         if method == METHOD_PUNCH:
             offset = piece.start - <uintptr_t>piece.region.host
@@ -173,7 +180,7 @@ cdef void discard_vector(reclaim_t *r, range_t *pieces, uint32_t count,
             counters.skipped_bytes += pieces[first].end - pieces[first].start
             first += 1
             continue
-        if count - first == 1 or not r.vectored:
+        if count - first == 1 or not r.vectored or flag_load(pieces[first].region.inhibited):
             discard_one(&pieces[first], METHOD_DONTNEED, counters)
             first += 1
             continue
@@ -268,6 +275,14 @@ cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nog
     reclaim_clear(r)
 
 
+cdef void flush_apart(reclaim_t *r, reclaim_counters_t *counters, int *discarding) noexcept nogil:
+    """Flush outside any device's lock: whoever inhibits has to see that it is under way, or be seen by it."""
+    flag_add(discarding, 1)
+    full_fence()  # between this store and the look at `inhibited`; Inhibition.begin() has the other one
+    reclaim_flush(r, counters)
+    flag_add(discarding, -1)
+
+
 @cython.final
 cdef class Reclaimer:
     """Collects ranges of guest memory and gives them back to the kernel.
@@ -298,6 +313,7 @@ cdef class Reclaimer:
         :raise StateError: another thread is in this method, or this is the child of a fork.
         """
         cdef uint64_t host, part_address
+        cdef int *discarding = &memory.inhibition.running
         cdef region_t *region
         check_process(self.generation)
         parts = [part for address, size in ranges for part in memory.translate(address, size)]
@@ -310,9 +326,9 @@ cdef class Reclaimer:
                 reclaim_add(&self.state, region, host, host + <uint64_t>take)
                 if reclaim_full(&self.state):
                     with nogil:
-                        reclaim_flush(&self.state, &self.counters)
+                        flush_apart(&self.state, &self.counters, discarding)
             with nogil:
-                reclaim_flush(&self.state, &self.counters)
+                flush_apart(&self.state, &self.counters, discarding)
         finally:
             self.busy = False
 

@@ -13,13 +13,47 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from balloon._memory import BufferHold, GuestMap
+from balloon._memory import BufferHold, GuestMap, Inhibition
 from balloon.backing import FdRegion, Piece, Region, map_fd
 from balloon.errors import ConfigError, StateError
 
-__all__ = ["FdRegion", "GuestMemory", "Region"]
+__all__ = ["Claim", "FdRegion", "GuestMemory", "Region"]
 
 TIMEOUT = 10.0
+
+
+class Claim:
+    """A say in whether memory is given back, in force until it is released: by `release()` or by `with`.
+
+    `GuestMemory.inhibit` and `GuestMemory.require` make one. It stays in force when it is dropped unreleased:
+    who needs the pages where they are is not told that they went.
+    """
+
+    def __init__(self, memory: GuestMemory, reason: str, inhibits: bool) -> None:
+        self.reason = reason
+        self.inhibits = inhibits
+        self._memory = memory
+
+    def __repr__(self) -> str:
+        state = "in force" if self.in_force else "released"
+        return f"<Claim to {'inhibit' if self.inhibits else 'require'} discards, {state}: {self.reason}>"
+
+    @property
+    def in_force(self) -> bool:
+        """Whether it was not released yet."""
+        return self in self._memory._claims
+
+    def release(self) -> None:
+        """Let go of it; a second call does nothing. Discards resume with the last inhibition's release."""
+        self._memory._unclaim(self)
+
+    def __enter__(self) -> Claim:
+        if not self.in_force:
+            raise StateError(f"this was released already: {self.reason}")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 class MapUser(Protocol):
@@ -43,7 +77,10 @@ class GuestMemory:
         self._lock = threading.Lock()
         self._regions: tuple[Region, ...] = ()
         self._pieces: list[Piece] = []
-        self._map = GuestMap(())
+        self._inhibition = Inhibition()
+        self._claim_lock = threading.Lock()  # not the other one, which a swap holds while it waits
+        self._claims: tuple[Claim, ...] = ()
+        self._map = GuestMap((), (), self._inhibition)
         self._users: weakref.WeakSet[MapUser] = weakref.WeakSet()
         self._closed = False
         if buffer is not None:
@@ -218,6 +255,88 @@ class GuestMemory:
                         piece.method, piece.reason = method, reason
                 self._map.set_method(index, piece.method)
 
+    @property
+    def inhibited_by(self) -> tuple[str, ...]:
+        """The reasons why nothing is given back at present, oldest first; one given twice is there twice."""
+        return tuple(claim.reason for claim in self._claims if claim.inhibits)
+
+    @property
+    def required_by(self) -> tuple[str, ...]:
+        """The reasons why nobody may inhibit discards at present, oldest first."""
+        return tuple(claim.reason for claim in self._claims if not claim.inhibits)
+
+    def inhibit(self, reason: str, timeout: float = TIMEOUT) -> Claim:
+        """Give nothing back, on any device or worker, from when this returns until it is released.
+
+        It is a barrier: when it returns no discard is under way, and none starts (CONTRACTS 8). Guests notice
+        nothing: their requests are acknowledged as ever, and what would have been given back is counted in
+        `inhibited_bytes`; it is not made up for later. It lasts over changes of the layout. Inhibitions are
+        counted: discards resume when the last one is released. Any thread may call this; it waits without
+        the GIL.
+
+        Use it as `with memory.inhibit("passthrough device"):`, or keep what it returns and `release()` it.
+
+        :raise ConfigError: no reason was given.
+        :raise StateError: discards are required (`required_by`); a discard under way did not end within
+            `timeout` seconds; or this was called from inside a hook, or in the child of a fork. Nothing is
+            inhibited then.
+        """
+        claim = self._claim(reason, inhibits=True)
+        until = time.monotonic() + timeout
+        try:
+            # Whoever takes a user's lock from now on sees the word. Who has it already is waited for, and
+            # that no less if others have inhibited before: they may be waiting as well.
+            for user in self._everyone():
+                user.hold(until - time.monotonic())
+                user.let_go()
+            while self._inhibition.discarding:  # Reclaimer.discard() needs no lock, and so is counted
+                if time.monotonic() >= until:
+                    raise StateError(f"a discard did not end within {timeout:g} seconds; try again")
+                time.sleep(0.0005)
+        except BaseException:
+            claim.release()
+            raise
+        return claim
+
+    def require(self, reason: str) -> Claim:
+        """Let nobody inhibit discards until it is released: for those to whom memory has to come back.
+
+        Requirements count like inhibitions, and exclude them, as in QEMU: the first one wins. Nothing else
+        changes; what cannot be given back for other reasons still is not (`Region.reason`).
+
+        :raise ConfigError: no reason was given.
+        :raise StateError: discards are inhibited (`inhibited_by`).
+        """
+        return self._claim(reason, inhibits=False)
+
+    def _claim(self, reason: str, inhibits: bool) -> Claim:
+        if not isinstance(reason, str) or not reason:
+            raise ConfigError("a reason has to be given, for whoever meets it")
+        claim = Claim(self, reason, inhibits)
+        with self._claim_lock:
+            if against := self.required_by if inhibits else self.inhibited_by:
+                does, are = ("inhibit", "required") if inhibits else ("require", "inhibited")
+                raise StateError(f"{reason!r} cannot {does} discards: they are {are} by {', '.join(against)}")
+            self._claims = (*self._claims, claim)
+            if inhibits:
+                self._inhibition.begin()
+        return claim
+
+    def _unclaim(self, claim: Claim) -> None:
+        with self._claim_lock:
+            if claim in self._claims:
+                self._claims = tuple(one for one in self._claims if one is not claim)
+                if claim.inhibits:
+                    self._inhibition.end()
+
+    def _everyone(self) -> tuple[MapUser, ...]:
+        """Who works on this memory now; whoever comes later looks at the inhibition before a discard."""
+        while True:
+            try:
+                return tuple(self._users)
+            except RuntimeError:  # a device came or went in another thread: look again
+                continue
+
     def _add(self, region: Region) -> Region:
         with self._lock:
             try:
@@ -241,11 +360,12 @@ class GuestMemory:
             for region in ordered
             for one in region.pieces
         ]
-        new = GuestMap(rows, ordered)  # which keeps them alive for as long as a queue is on it
+        # It keeps the regions alive for as long as a queue is on it.
+        new = GuestMap(rows, ordered, self._inhibition)
         until = time.monotonic() + timeout
         held: list[MapUser] = []
         try:
-            for user in tuple(self._users):
+            for user in self._everyone():
                 user.hold(until - time.monotonic())
                 held.append(user)
             for user in held:

@@ -1516,6 +1516,337 @@ def test_what_starts_while_a_swap_waits_is_on_the_new_map(memory: GuestMemory, w
     assert calls == [(memory.regions[0].host_address, PAGE)]
 
 
+# ------------------------------------------------------------------------------------------------- inhibition
+
+
+def inhibited_bytes(device: Balloon) -> int:
+    return sum(queue.counts()["inhibited_bytes"] for queue in device._plane.queues.values())
+
+
+@pytest.mark.parametrize("kind", ["with", "plain"])
+def test_while_inhibited_requests_complete_and_nothing_is_given_back(memory: GuestMemory, kind: str) -> None:
+    """SEMANTICS 7: the guest notices nothing. Private and shared memory, one range and many."""
+    device, driver = make_device(memory)
+    private, shared = memory.regions[0], memory.regions[1]
+    for region in (private, shared):
+        ctypes.memset(region.host_address, 0x77, region.size)
+    ranges = [(0, PAGE), (2 * PAGE, PAGE), (16 * MIB, PAGE), (16 * MIB + 4 * PAGE, 2 * PAGE)]
+    claim = memory.inhibit("a test")
+    assert (claim.in_force, claim.reason) == (True, "a test")
+    assert "in force: a test" in repr(claim)
+    with claim if kind == "with" else contextlib.nullcontext():
+        with recorded(calls := []):
+            driver.report(ranges)  # raises unless its head is used
+            driver.inflate([8, 10, 4096 + 9])
+        assert calls == []
+        assert inhibited_bytes(device) == 8 * PAGE
+        assert device.counters.advised_bytes == 0
+        assert memory.inhibited_by == ("a test",)
+    if kind == "plain":
+        claim.release()
+    claim.release()
+    assert memory.inhibited_by == ()
+    assert "released: a test" in repr(claim)
+    assert resident(private.host_address, 12) == [1] * 12  # it is not made up for
+    driver.report(ranges)
+    assert resident(private.host_address, 4) == [0, 1, 0, 1]
+    assert resident(shared.host_address, 6) == [0, 1, 1, 1, 0, 0]
+    assert (inhibited_bytes(device), device.counters.advised_bytes) == (8 * PAGE, 5 * PAGE)
+
+
+def test_discards_resume_when_the_last_inhibition_is_released(memory: GuestMemory) -> None:
+    device, driver = make_device(memory)
+    first, again, other = (memory.inhibit(reason) for reason in ("disk", "disk", "card"))
+    assert memory.inhibited_by == ("disk", "disk", "card")
+    first.release()
+    first.release()  # takes nothing from the other one of that name
+    assert memory.inhibited_by == ("disk", "card")
+    other.release()
+    driver.report([(0, PAGE)])
+    assert (inhibited_bytes(device), device.counters.advised_bytes) == (PAGE, 0)
+    again.release()
+    driver.report([(0, PAGE)])
+    assert (inhibited_bytes(device), device.counters.advised_bytes) == (PAGE, PAGE)
+
+
+def test_inhibition_ends_with_its_block_and_not_with_its_object(memory: GuestMemory) -> None:
+    with pytest.raises(KeyError), memory.inhibit("block") as claim:
+        raise KeyError
+    assert not claim.in_force
+    with pytest.raises(StateError, match="released already: block"), claim:
+        raise AssertionError("not reached")
+    memory.inhibit("dropped")
+    gc.collect()
+    assert memory.inhibited_by == ("dropped",)
+
+
+def test_what_is_required_cannot_be_inhibited_and_the_other_way_round(memory: GuestMemory) -> None:
+    device, driver = make_device(memory)
+    with memory.require("overcommit"), memory.require("swap"):
+        assert (memory.required_by, memory.inhibited_by) == (("overcommit", "swap"), ())
+        with pytest.raises(StateError, match="'vfio' cannot inhibit .* required by overcommit, swap"):
+            memory.inhibit("vfio")
+        assert memory.inhibited_by == ()
+        driver.report([(0, PAGE)])
+        assert device.counters.advised_bytes == PAGE
+    assert memory.required_by == ()
+    with memory.inhibit("vfio"):
+        with pytest.raises(StateError, match="'swap' cannot require .* inhibited by vfio"):
+            memory.require("swap")
+        assert (memory.required_by, memory.inhibited_by) == ((), ("vfio",))
+    memory.require("swap").release()
+    memory.inhibit("vfio").release()
+
+
+@pytest.mark.parametrize("reason", ["", None, 7])
+def test_a_reason_has_to_be_given(memory: GuestMemory, reason: Any) -> None:
+    for say in (memory.inhibit, memory.require):
+        with pytest.raises(ConfigError, match="a reason has to be given"):
+            say(reason)
+    assert (memory.required_by, memory.inhibited_by) == ((), ())
+
+
+@given(st.lists(st.tuples(st.sampled_from(("inhibit", "require", "release")), st.integers(0, 5)), max_size=30))
+def test_any_order_of_claims_is_what_two_counters_say(steps: list[tuple[str, int]]) -> None:
+    memory = GuestMemory()
+    made: list[Any] = []
+    model: list[tuple[str, str]] = []  # (kind, reason), "" for what was released
+    for kind, number in steps:
+        if kind == "release":
+            if made:
+                made[number % len(made)].release()
+                model[number % len(made)] = ("", "")
+            continue
+        other = "require" if kind == "inhibit" else "inhibit"
+        if any(kind_ == other for kind_, _ in model):
+            with pytest.raises(StateError):
+                getattr(memory, kind)(str(number))
+        else:
+            made.append(getattr(memory, kind)(str(number)))
+            model.append((kind, str(number)))
+        assert memory.inhibited_by == tuple(reason for kind_, reason in model if kind_ == "inhibit")
+        assert memory.required_by == tuple(reason for kind_, reason in model if kind_ == "require")
+        assert memory.map.inhibition.count == len(memory.inhibited_by)
+        assert [claim.in_force for claim in made] == [bool(kind_) for kind_, _ in model]
+
+
+def test_inhibition_lasts_over_changes_of_the_layout(memory: GuestMemory) -> None:
+    device, driver = make_device(memory)
+    late = mmap.mmap(-1, MIB)
+    with memory.inhibit("pinned"):
+        memory.remove(memory.regions[0])
+        memory.add(late, guest_address=64 * MIB)
+        late[:] = b"\1" * MIB
+        driver.report([(64 * MIB, MIB)])
+        assert (inhibited_bytes(device), late[:]) == (MIB, b"\1" * MIB)
+    driver.report([(64 * MIB, MIB)])
+    assert late[:] == bytes(MIB)
+    claim = memory.inhibit("pinned")
+    memory.add(mmap.mmap(-1, MIB), guest_address=128 * MIB)
+    claim.release()
+    driver.report([(128 * MIB, MIB)])
+    assert device.counters.advised_bytes == 2 * MIB
+
+
+def test_a_device_that_comes_while_memory_is_inhibited_is_inhibited(memory: GuestMemory) -> None:
+    with memory.inhibit("first"):
+        device, driver = make_device(memory)
+        driver.report([(0, PAGE)])
+    assert (inhibited_bytes(device), device.counters.advised_bytes) == (PAGE, 0)
+
+
+def test_closed_memory_can_be_inhibited(memory: GuestMemory) -> None:
+    device, _ = make_device(memory)
+    memory.close()
+    with memory.inhibit("closed"):
+        assert memory.inhibited_by == ("closed",)
+    memory.require("closed").release()
+    del device
+
+
+@pytest.mark.parametrize("who", ["device", "worker", "reclaimer"])
+@pytest.mark.parametrize("others", [False, True])
+def test_inhibit_returns_when_no_discard_is_under_way(memory: GuestMemory, who: str, others: bool) -> None:
+    """And no sooner, also where somebody else has inhibited before: he may be waiting as well.
+
+    Of the two ranges the first is with the kernel, the second must never get there.
+    """
+    device, driver = make_device(memory)
+    gate = Gate()
+    order: list[str] = []
+    ranges = [(16 * MIB, PAGE), (16 * MIB + 2 * PAGE, PAGE)]  # shared: one call for each
+    worker = Worker()
+
+    def discard() -> None:
+        if who == "reclaimer":
+            Reclaimer().discard(memory.map, ranges)
+        else:
+            driver.queues[Role.REPORTING].post([(address, size, True) for address, size in ranges])
+            if who == "device":
+                device.notify(2)
+            else:
+                os.eventfd_write(kick, 1)
+
+    def inhibit() -> None:
+        memory.inhibit("barrier")
+        order.append("inhibited")
+
+    with gate, contextlib.ExitStack() as stack:
+        if who == "worker":
+            kick, call = os.eventfd(0), os.eventfd(0)
+            stack.callback(os.close, kick)
+            stack.callback(os.close, call)
+            stack.callback(worker.close)
+            worker.attach(device.queue(2), kick_fd=kick, call_fd=call)
+        discarding = Thread(discard)
+        assert gate.reached.wait(WAIT)
+        inhibiting = [Thread(inhibit) for _ in range(1 + others)]
+        for thread in inhibiting:
+            thread.join(0.3)  # one that does not wait is through by then
+            assert thread.is_alive()
+        assert memory.inhibited_by == ("barrier",) * (1 + others)
+        order.append("let through")
+        gate.open.set()
+        for thread in inhibiting:
+            thread.result()
+        discarding.result()
+        assert len(gate.calls) == 1
+    worker.close()
+    assert order == ["let through"] + ["inhibited"] * (1 + others)
+    assert len(gate.calls) == 1
+
+
+@pytest.mark.parametrize("who", ["device", "reclaimer"])
+def test_an_inhibition_that_takes_too_long_is_undone(memory: GuestMemory, who: str) -> None:
+    device, driver = make_device(memory)
+
+    def discard() -> None:
+        if who == "reclaimer":
+            Reclaimer().discard(memory.map, [(16 * MIB, PAGE), (16 * MIB + 2 * PAGE, PAGE)])
+        else:
+            driver.report([(16 * MIB, PAGE), (16 * MIB + 2 * PAGE, PAGE)])
+
+    with Gate() as gate:
+        discarding = Thread(discard)
+        assert gate.reached.wait(WAIT)
+        with pytest.raises(StateError, match="did not end within"):
+            memory.inhibit("impatient", timeout=0.05)
+        assert memory.inhibited_by == ()
+        gate.open.set()
+        discarding.result()
+        assert len(gate.calls) == 2  # it goes on as if nothing had been
+    memory.inhibit("patient").release()
+    del device
+
+
+def test_a_user_that_cannot_be_held_undoes_an_inhibition_and_the_others_are_let_go(
+    memory: GuestMemory,
+) -> None:
+    """As one that is in a hook, from which this was called (CONTRACTS 9)."""
+
+    class User:
+        held = 0
+
+        def __init__(self, fails: bool) -> None:
+            self.fails = fails
+
+        def hold(self, timeout: float) -> None:
+            assert memory.inhibited_by == ("hook",)
+            if self.fails:
+                raise StateError("from inside a hook")
+            self.held += 1
+
+        def let_go(self) -> None:
+            self.held -= 1
+
+    users = [User(number == 3) for number in range(6)]
+    memory._users.update(users)
+    with pytest.raises(StateError, match="from inside a hook"):
+        memory.inhibit("hook")
+    assert (memory.inhibited_by, memory.map.inhibition.count) == ((), 0)
+    assert [user.held for user in users] == [0] * 6
+    users[3].fails = False
+    memory.inhibit("hook").release()
+    assert [user.held for user in users] == [0] * 6
+
+
+def test_nothing_is_discarded_while_any_of_many_threads_inhibits(memory: GuestMemory) -> None:
+    """Reclaimers, a device and inhibitions in many threads; the stand-in for the kernel is the witness."""
+    device, driver = make_device(memory)
+    stop = threading.Event()
+    inhibited: set[object] = set()
+    faults: list[str] = []
+    calls = 0
+
+    def look() -> None:
+        if inhibited:
+            faults.append("a discard while inhibited")
+
+    def madvise(address: int, length: int, advice: int) -> int:
+        nonlocal calls
+        calls += 1
+        look()
+        time.sleep(0)  # let others run
+        look()
+        return 0
+
+    def inhibit() -> None:
+        for number in range(60):
+            token = object()
+            with memory.inhibit("stress", timeout=WAIT):
+                inhibited.add(token)
+                time.sleep(0)
+                if number % 8 == 0:
+                    with memory.inhibit("stress again", timeout=WAIT):
+                        time.sleep(0)
+                inhibited.discard(token)
+            # Between two of them there is a time without any, or no discard would ever start.
+            until = calls + 1
+            while calls < until and not memory.inhibited_by:
+                time.sleep(0)
+
+    def reclaim() -> None:
+        reclaimer = Reclaimer()
+        while not stop.is_set():
+            reclaimer.discard(memory.map, [(16 * MIB + 2 * n * PAGE, PAGE) for n in range(8)])
+
+    def report() -> None:
+        while not stop.is_set():
+            driver.report([(16 * MIB + 2 * n * PAGE, PAGE) for n in range(8)])
+
+    with system_calls(madvise=madvise):
+        busy = [Thread(reclaim), Thread(reclaim), Thread(report)]
+        try:
+            for thread in [Thread(inhibit) for _ in range(3)]:
+                thread.result()
+        finally:
+            stop.set()
+        for thread in busy:
+            thread.result()
+    Thread.made.clear()
+    assert not faults
+    assert calls
+    assert memory.inhibited_by == ()
+    assert memory.map.inhibition.discarding == 0
+    del device
+
+
+def test_users_that_come_and_go_do_not_disturb_an_inhibition(memory: GuestMemory) -> None:
+    """A set that changes while it is looked at raises RuntimeError."""
+    left = [3]
+
+    class Restless(weakref.WeakSet[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            if left[0]:
+                left[0] -= 1
+                raise RuntimeError("Set changed size during iteration")
+            return super().__iter__()
+
+    memory._users = Restless()
+    memory.inhibit("calm").release()
+    assert left == [0]
+
+
 # ---------------------------------------------------------------------------------------- what the host holds
 
 

@@ -1508,6 +1508,129 @@ def test_two_threads_do_not_mix_their_ranges(late: bool) -> None:
     assert calls == [0]
 
 
+# ------------------------------------------------------------------------------------------------- inhibition
+
+
+def inhibit_after(table: GuestMap, calls: int) -> Callable[[Call], int]:
+    """Discards are inhibited while the kernel is at its range number `calls`."""
+    seen = 0
+
+    def refuse(call: Call) -> int:
+        nonlocal seen
+        seen += 1
+        if seen == calls:
+            table.inhibition.begin()
+        return 0
+
+    return refuse
+
+
+@pytest.mark.parametrize("method", ["dontneed", "remove", "punch"])
+@pytest.mark.parametrize("after", [0, 1, 3, 8])
+def test_inhibition_is_looked_at_before_each_range(method: str, after: int) -> None:
+    table = GuestMap([(0, GIB, HOST, 77, 0, PAGE, method)])
+    reclaimer = Reclaimer()
+    reclaimer.vectored = False
+    if not after:
+        table.inhibition.begin()
+    with Kernel(refuse=inhibit_after(table, after)) as kernel:
+        reclaimer.discard(table, [(2 * n * PAGE, PAGE) for n in range(8)])
+    counts = reclaimer.counts()
+    assert [call.start % HOST for call in kernel.calls] == [2 * n * PAGE for n in range(after)]
+    assert (counts["advised_bytes"], counts["inhibited_bytes"]) == (after * PAGE, (8 - after) * PAGE)
+    assert (counts["failures"], counts["skipped_bytes"], counts["clipped_bytes"]) == (0, 0, 0)
+    assert counts["system_calls"] == after
+    if after == 8:
+        table.inhibition.end()
+    else:
+        assert table.inhibition.count == 1
+        table.inhibition.end()
+    with Kernel() as kernel:
+        reclaimer.discard(table, [(0, PAGE)])
+    assert len(kernel.calls) == 1
+
+
+@pytest.mark.parametrize("bad", [None, 2])
+def test_inhibition_is_looked_at_before_a_vectored_call_and_each_time_it_is_taken_up(
+    vectored: Reclaimer, bad: int | None
+) -> None:
+    """Ranges 0 to 7, of which 2 fails: the call ends before it, 2 is asked for alone, 3 to 7 are the rest."""
+    table = GuestMap(private_rows())
+    ranges = [(2 * n * PAGE, PAGE) for n in range(8)]
+    table.inhibition.begin()
+    with Kernel() as kernel:
+        vectored.discard(table, ranges)
+    assert kernel.asked == 0
+    assert vectored.counts()["inhibited_bytes"] == 8 * PAGE
+    table.inhibition.end()
+
+    start = table.translate(0, 1)[0][1]
+
+    def refuse(call: Call) -> int:
+        if bad is not None and call.start == start + 2 * bad * PAGE:
+            if not table.inhibition.count:
+                table.inhibition.begin()
+            return errno.ENOMEM
+        return 0
+
+    with Kernel(refuse=refuse) as kernel:
+        vectored.discard(table, ranges)
+    counts = vectored.counts()
+    if bad is None:
+        assert kernel.vectors == [8]
+        assert (counts["advised_bytes"], counts["inhibited_bytes"]) == (8 * PAGE, 8 * PAGE)
+    else:
+        assert (kernel.vectors, kernel.asked) == ([8], 1)
+        assert (counts["advised_bytes"], counts["inhibited_bytes"]) == (2 * PAGE, (8 + 6) * PAGE)
+        assert counts["failures"] == 0
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_call_that_was_interrupted_is_not_repeated_once_discards_are_inhibited(
+    vectored: Reclaimer, vector: bool
+) -> None:
+    vectored.vectored = vector
+    table = GuestMap(private_rows())
+    asked = []
+
+    def madvise(*call: Any) -> int:
+        asked.append(call)
+        table.inhibition.begin()
+        ctypes.set_errno(errno.EINTR)
+        return -1
+
+    with system_calls(madvise=madvise, process_madvise=madvise):
+        vectored.discard(table, [(2 * n * PAGE, PAGE) for n in range(4)])
+    assert len(asked) == 1
+    counts = vectored.counts()
+    assert (counts["inhibited_bytes"], counts["failed_bytes"], counts["advised_bytes"]) == (4 * PAGE, 0, 0)
+
+
+def test_maps_share_an_inhibition_only_where_they_are_told_to() -> None:
+    rows = [(0, GIB, HOST, -1, 0, PAGE, "remove")]
+    first = GuestMap(rows)
+    second, other = GuestMap(rows, (), first.inhibition), GuestMap(rows)
+    first.inhibition.begin()
+    del first
+    gc.collect()
+    assert (second.inhibition.count, other.inhibition.count) == (1, 0)
+    with Kernel() as kernel:
+        Reclaimer().discard(second, [(0, PAGE)])
+        assert not kernel.calls
+        Reclaimer().discard(other, [(0, PAGE)])
+        assert len(kernel.calls) == 1
+
+
+def test_what_has_no_method_is_skipped_and_not_inhibited() -> None:
+    table = GuestMap([(0, GIB, HOST, -1, 0, PAGE, "none"), (GIB, GIB, HOST + GIB, -1, 0, BIG, "remove")])
+    table.inhibition.begin()
+    reclaimer = Reclaimer()
+    reclaimer.discard(table, [(0, PAGE), (GIB + PAGE, 2 * BIG)])
+    counts = reclaimer.counts()
+    assert (counts["skipped_bytes"], counts["clipped_bytes"]) == (PAGE, BIG)
+    assert (counts["inhibited_bytes"], counts["advised_bytes"]) == (BIG, 0)
+
+
 # ------------------------------------------------------------------------- what is refused is looked at again
 
 
