@@ -169,6 +169,20 @@ cdef class FileMapping:
             self.start = NULL
 
 
+def resident_bytes(uint64_t address, uint64_t size):
+    """Bytes of a mapped range that are in memory, by mincore(2); without the GIL meanwhile.
+
+    :raise OSError: something of it is not mapped.
+    """
+    cdef uint64_t resident
+    cdef int error
+    with nogil:
+        error = kernel_resident(address, size, &resident)
+    if error:
+        raise OSError(error, os.strerror(error))
+    return resident
+
+
 def file_page_bytes(int fd):
     """Bytes of one page of what backs a file: the huge page on hugetlbfs, else the host's page.
 

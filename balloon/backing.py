@@ -26,9 +26,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from balloon._kernel import FileMapping, file_page_bytes, probe_punch
+from balloon._kernel import FileMapping, file_page_bytes, probe_punch, resident_bytes
 from balloon._memory import BufferHold
-from balloon.errors import ConfigError
+from balloon.errors import ConfigError, StateError
 
 __all__ = ["FdRegion", "Mapping", "Piece", "Region", "map_fd", "read_mappings"]
 
@@ -147,6 +147,7 @@ class Region:
     _hold: BufferHold | None = field(default=None, repr=False)
     _mapped: mmap.mmap | FileMapping | None = field(default=None, repr=False)
     _owner: object = field(default=None, repr=False)
+    _removed: bool = field(default=False, repr=False)
 
     @property
     def method(self) -> str:
@@ -163,6 +164,25 @@ class Region:
     def page_bytes(self) -> int:
         """The largest page of what backs it, or the declared one: smaller parts are not given back."""
         return max(piece.page_bytes for piece in self.pieces)
+
+    def resident_bytes(self) -> int:
+        """Bytes of it that are in the host's memory now, by mincore(2).
+
+        Private memory: what the page tables of this process say. A huge page of which a part was discarded
+        (anonymous, transparent) lowers the figure at once and frees nothing until the kernel splits it or its
+        last part goes (RECLAIM 1.7). Shared memory and files: what is in the page cache, whoever put it
+        there, so that a sum over the processes that map it counts it several times; on hugetlbfs older
+        kernels tell only what this process has touched. What is swapped out does not count.
+
+        The kernel walks the page tables: about a millisecond for each GiB that is not there, and more for
+        what is. Takes no lock, and releases the GIL.
+
+        :raise StateError: the region was removed.
+        :raise OSError: something of it is not mapped any more.
+        """
+        if self._removed:
+            raise StateError(f"the region at {self.guest_address:#x} was removed")
+        return sum(resident_bytes(piece.host_address, piece.size) for piece in self.pieces)
 
     def _find_pieces(self) -> None:
         """Split the region by the mappings that it lies in; a file that we have mapped is one."""
@@ -223,6 +243,7 @@ class Region:
         )
 
     def _release(self) -> None:
+        self._removed = True
         if self._hold is not None:
             self._hold.release()
             self._hold = None

@@ -11,15 +11,48 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from balloon._memory import BufferHold, GuestMap, Inhibition
 from balloon.backing import FdRegion, Piece, Region, map_fd
 from balloon.errors import ConfigError, StateError
 
-__all__ = ["Claim", "FdRegion", "GuestMemory", "Region"]
+__all__ = ["Claim", "FdRegion", "FileResidency", "GuestMemory", "Region", "RegionResidency", "Residency"]
 
 TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class RegionResidency:
+    """How much of a region is in the host's memory; `file` is its index in `Residency.files`, or None."""
+
+    guest_address: int
+    size: int
+    resident_bytes: int
+    file: int | None
+
+
+@dataclass(frozen=True)
+class FileResidency:
+    """What a file under guest memory holds: `allocated_bytes` of `size`, by st_blocks.
+
+    `mapped_bytes` is the size of the regions that lie in it, together.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mapped_bytes: int
+    allocated_bytes: int
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What the host holds for a guest at one moment, by region and by file; see `GuestMemory.residency`."""
+
+    regions: tuple[RegionResidency, ...]
+    files: tuple[FileResidency, ...]
 
 
 class Claim:
@@ -237,6 +270,37 @@ class GuestMemory:
         """
         memory = self._map
         return sum(memory.resident_bytes(index) for index in range(len(memory)))
+
+    def residency(self) -> Residency:
+        """What the host holds for the guest now, by region, in the order of addresses, and by file.
+
+        It is measured; `advised_bytes` only counts what was asked for (CONTRACTS 19). The two figures differ:
+
+        * `resident_bytes` of a region is by mincore(2), with what `Region.resident_bytes` says about it.
+        * `allocated_bytes` of a file is st_blocks in bytes: all that the file holds, also what is swapped
+          out, what lies outside the regions, and what other processes put there. A file counts once, however
+          many regions lie in it. Only regions that were added as an fd have their file here: of a mapped
+          buffer the file is not known.
+
+        Costs what `Region.resident_bytes` costs, over all regions, and one fstat(2) for each. Takes no lock:
+        drains and changes of the layout go on meanwhile, and what they change may show or not.
+
+        :raise StateError: a region was removed meanwhile.
+        :raise OSError: something is not mapped any more.
+        """
+        regions: list[RegionResidency] = []
+        files: dict[tuple[int, int], FileResidency] = {}
+        for region in self._regions:
+            resident = region.resident_bytes()
+            fd, number = region.fd, None
+            if fd >= 0:
+                found = os.fstat(fd)
+                key = found.st_dev, found.st_ino
+                mapped = region.size + (files[key].mapped_bytes if key in files else 0)
+                files[key] = FileResidency(*key, found.st_size, mapped, found.st_blocks * 512)
+                number = list(files).index(key)
+            regions.append(RegionResidency(region.guest_address, region.size, resident, number))
+        return Residency(tuple(regions), tuple(files.values()))
 
     def look_again(self) -> None:
         """Find out anew, once, what backs the regions that the kernel refused to take from (CONTRACTS 16)."""

@@ -29,7 +29,7 @@ from balloon._memory import METHODS, BufferHold, GuestMap
 from balloon._reclaim import Reclaimer
 from balloon._ring import SplitRing
 from balloon.errors import ConfigError, RingError, StateError
-from balloon.memory import FdRegion
+from balloon.memory import FdRegion, Residency
 from balloon.spec import Fault, Role
 from balloon.testing import Driver, GuestRam
 from balloon.testing.faults import real_madvise, system_calls
@@ -1584,14 +1584,14 @@ def test_what_is_required_cannot_be_inhibited_and_the_other_way_round(memory: Gu
     device, driver = make_device(memory)
     with memory.require("overcommit"), memory.require("swap"):
         assert (memory.required_by, memory.inhibited_by) == (("overcommit", "swap"), ())
-        with pytest.raises(StateError, match="'vfio' cannot inhibit .* required by overcommit, swap"):
+        with pytest.raises(StateError, match=r"'vfio' cannot inhibit .* required by overcommit, swap"):
             memory.inhibit("vfio")
         assert memory.inhibited_by == ()
         driver.report([(0, PAGE)])
         assert device.counters.advised_bytes == PAGE
     assert memory.required_by == ()
     with memory.inhibit("vfio"):
-        with pytest.raises(StateError, match="'swap' cannot require .* inhibited by vfio"):
+        with pytest.raises(StateError, match=r"'swap' cannot require .* inhibited by vfio"):
             memory.require("swap")
         assert (memory.required_by, memory.inhibited_by) == ((), ("vfio",))
     memory.require("swap").release()
@@ -1606,7 +1606,9 @@ def test_a_reason_has_to_be_given(memory: GuestMemory, reason: Any) -> None:
     assert (memory.required_by, memory.inhibited_by) == ((), ())
 
 
-@given(st.lists(st.tuples(st.sampled_from(("inhibit", "require", "release")), st.integers(0, 5)), max_size=30))
+@given(
+    st.lists(st.tuples(st.sampled_from(("inhibit", "require", "release")), st.integers(0, 5)), max_size=30)
+)
 def test_any_order_of_claims_is_what_two_counters_say(steps: list[tuple[str, int]]) -> None:
     memory = GuestMemory()
     made: list[Any] = []
@@ -1878,6 +1880,82 @@ def test_resident_bytes_says_so_when_the_mapping_is_gone() -> None:
         libc.munmap(base + PAGE, PAGE)
         with pytest.raises(OSError, match="at 0x100000 is not mapped any more"):
             memory.resident_bytes()
+
+
+def test_a_region_says_what_of_it_is_resident(memory: GuestMemory, patchwork: tuple[int, int]) -> None:
+    ram = GuestRam.of(memory)
+    ram.view(5 * PAGE, 3 * PAGE)[:] = 1
+    ram.view(16 * MIB + MIB, 1)[:] = 1
+    assert [region.resident_bytes() for region in memory.regions] == [3 * PAGE, PAGE, 0]
+    removed = memory.regions[0]
+    memory.remove(removed)
+    with pytest.raises(StateError, match="region at 0x0 was removed"):
+        removed.resident_bytes()
+    base, fd = patchwork
+    several = GuestMemory()
+    region = several.add_address(base, 16 * PAGE, owner=None, guest_address=MIB)
+    ctypes.memset(base + 6 * PAGE, 1, PAGE)
+    os.pwrite(fd, b"x", 5 * PAGE)  # page 9 of the region: in the page cache, not in our page tables
+    assert region.resident_bytes() == several.resident_bytes() == 2 * PAGE
+    libc.munmap(base + 12 * PAGE, PAGE)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        region.resident_bytes()
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        several.residency()
+
+
+def test_residency_is_by_region_and_by_file_and_a_file_counts_once() -> None:
+    first, second = memory_file(8 * PAGE), memory_file(4 * PAGE)
+    with GuestMemory() as memory:
+        memory.add_fd(second, 4 * PAGE, guest_address=3 * MIB)
+        memory.add_fd(first, 2 * PAGE, guest_address=MIB)
+        memory.add(mmap.mmap(-1, PAGE, flags=PRIVATE), guest_address=2 * MIB)
+        memory.add_fd(first, 3 * PAGE, offset=4 * PAGE, guest_address=4 * MIB)
+        os.pwrite(first, b"x", 0)
+        os.pwrite(first, b"x" * 2 * PAGE, 4 * PAGE)
+        os.pwrite(first, b"x", 7 * PAGE)  # in the file and in no region
+        found = memory.residency()
+        assert [(r.guest_address, r.size, r.resident_bytes, r.file) for r in found.regions] == [
+            (MIB, 2 * PAGE, PAGE, 0),
+            (2 * MIB, PAGE, 0, None),
+            (3 * MIB, 4 * PAGE, 0, 1),
+            (4 * MIB, 3 * PAGE, 2 * PAGE, 0),
+        ]
+        expected = []
+        for fd, mapped, allocated in ((first, 5 * PAGE, 4 * PAGE), (second, 4 * PAGE, 0)):
+            status = os.fstat(fd)
+            assert status.st_blocks * 512 == allocated
+            expected.append((status.st_dev, status.st_ino, status.st_size, mapped, allocated))
+        assert [
+            (f.device, f.inode, f.size, f.mapped_bytes, f.allocated_bytes) for f in found.files
+        ] == expected
+        assert memory.resident_bytes() == 3 * PAGE
+        Reclaimer().discard(memory.map, [(4 * MIB, 2 * PAGE)])
+        after = memory.residency()
+        assert [r.resident_bytes for r in after.regions] == [PAGE, 0, 0, 0]
+        assert [f.allocated_bytes for f in after.files] == [2 * PAGE, 0]
+        with pytest.raises(AttributeError):
+            after.files[0].size = 0  # type: ignore[misc]
+    assert memory.residency() == Residency((), ())
+    os.close(first)
+    os.close(second)
+
+
+def test_residency_waits_for_no_drain_and_no_swap(memory: GuestMemory) -> None:
+    device, driver = make_device(memory)
+    with Gate() as gate:
+        driver.queues[Role.REPORTING].post([(16 * MIB, PAGE, True)])
+        serving = Thread(lambda: device.notify(2))
+        assert gate.reached.wait(WAIT)
+        swapping = Thread(lambda: memory.remove(memory.regions[0]))
+        while not memory._lock.locked():
+            assert swapping.is_alive()
+        looking = Thread(lambda: (memory.residency(), memory.regions[1].resident_bytes()))
+        looking.result()
+        assert swapping.is_alive()
+        gate.open.set()
+        serving.result()
+        swapping.result()
 
 
 def test_a_buffer_is_held_by_every_memory_that_it_was_added_to() -> None:

@@ -990,7 +990,9 @@ def test_a_declared_page_is_no_smaller_than_a_huge_page_and_may_be_larger(
                 return memory.add_fd(fd, 4 * HUGE, page_bytes=page)
             return memory.add(mmap.mmap(fd, 4 * HUGE), page_bytes=page)
 
-        with pytest.raises(ConfigError, match="lies in pages of 2097152 bytes: it cannot be given back in pages"):
+        with pytest.raises(
+            ConfigError, match="lies in pages of 2097152 bytes: it cannot be given back in pages"
+        ):
             add(64 * KIB)
         assert not memory.regions
         if kind == "buffer":
