@@ -17,6 +17,7 @@ MODULES = [
     "balloon._drain",
     "balloon._fill",
     "balloon._hints",
+    "balloon._kernel",
     "balloon._memory",
     "balloon._parts",
     "balloon._plane",

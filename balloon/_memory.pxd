@@ -11,10 +11,11 @@ ctypedef struct region_t:
     uint64_t size        # bytes
     char *host           # where that byte is in this process
     uint64_t fd_offset   # where it is in the file
-    uint64_t page        # bytes of one page of the backing
+    uint64_t page        # given back whole or not at all: a page of the backing, or a larger declared one
     int fd               # the file, or -1
     int method           # METHOD_*, atomic: a drain lowers it to NONE when the kernel refuses
     int refused          # errno of that refusal, atomic; 0 when there is nothing to look into
+    const int *inhibited  # atomic, never NULL; unless it is 0 nothing is given back
 
 ctypedef struct map_t:
     size_t count
@@ -31,6 +32,11 @@ cdef class BufferHold:
     cdef bint held
     cpdef release(self)
 
+cdef class Inhibition:
+    cdef int inhibited   # how many inhibitions are in force, atomic
+    cdef int running     # how many calls of Reclaimer.discard() are in the kernel, atomic
+
 cdef class GuestMap:
     cdef map_t map
+    cdef readonly Inhibition inhibition
     cdef readonly object holds

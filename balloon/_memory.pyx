@@ -11,9 +11,10 @@ Rules:
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport errno
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
+
+from balloon._kernel cimport kernel_resident
 
 import os
 
@@ -22,26 +23,8 @@ from balloon.errors import ConfigError, StateError
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
-
-cdef extern from "<sys/types.h>" nogil:
-    ctypedef long off_t
-
-cdef extern from "<sys/mman.h>" nogil:
-    int c_mincore "mincore"(void *address, size_t length, unsigned char *vec)
-
-cdef extern from "<sys/vfs.h>" nogil:
-    cdef struct statfs_t "statfs":
-        long f_type
-        long f_bsize
-    int c_fstatfs "fstatfs"(int fd, statfs_t *found)
-
-cdef extern from "<fcntl.h>" nogil:
-    int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length)
-    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-
-cdef extern from "<unistd.h>" nogil:
-    long sysconf(int name)
-    int _SC_PAGESIZE
+    void flag_add(int *p, int v)
+    void full_fence()
 
 
 cdef int generation = 0  # counts forks on the child's side
@@ -64,10 +47,6 @@ cdef int check_process(int made) except -1:
     if made != generation:
         raise StateError("this belongs to the parent process: a fork does not take it along")
     return 0
-
-
-cdef enum:
-    HUGETLBFS_MAGIC = 0x958458f6
 
 
 METHODS = ("none", "dontneed", "remove", "punch")
@@ -148,20 +127,49 @@ cdef class BufferHold:
 
 
 @cython.final
+cdef class Inhibition:
+    """The word by which discards are inhibited: one for a guest's memory, whatever map is in force.
+
+    Drains look at it right before each system call. It counts, and is no barrier: `GuestMemory.inhibit` is.
+    """
+
+    def begin(self):
+        """No discard starts that has not passed its look at the word yet."""
+        flag_add(&self.inhibited, 1)
+        full_fence()  # before a look at what is under way: see Reclaimer.discard
+
+    def end(self):
+        """Take one `begin()` back; discards go on after the last."""
+        flag_add(&self.inhibited, -1)
+
+    @property
+    def count(self):
+        """How many are in force."""
+        return flag_load(&self.inhibited)
+
+    @property
+    def discarding(self):
+        """How many calls of `Reclaimer.discard` are in the kernel for this memory."""
+        return flag_load(&self.running)
+
+
+@cython.final
 cdef class GuestMap:
     """An immutable table of regions.
 
     `regions` is a sequence of tuples (guest address, size, host address, fd or -1, offset in the file,
-    page size of the backing, method). `holds` is whatever has to stay alive as long as the map does.
+    page that is given back whole or not at all, method). `holds` is whatever has to stay alive as long as
+    the map does. `inhibition` is the guest memory's, which outlives the map; without it the map has its own.
 
     :raise ConfigError: a region is empty, ends above 2^64, overlaps another or is not page-aligned.
     """
 
-    def __cinit__(self, regions, holds=()):
+    def __cinit__(self, regions, holds=(), Inhibition inhibition=None):
         cdef size_t index = 0
         cdef region_t *region
         rows = sorted(regions)
         self.holds = tuple(holds)
+        self.inhibition = Inhibition() if inhibition is None else inhibition
         self.map.count = 0
         self.map.regions = <region_t *>calloc(<size_t>max(1, len(rows)), sizeof(region_t))
         if self.map.regions == NULL:
@@ -173,6 +181,8 @@ cdef class GuestMap:
                 raise ConfigError(f"a region of {size} bytes at guest address {guest:#x} cannot be")
             if guest < end:
                 raise ConfigError(f"the region at guest address {guest:#x} overlaps the one below it")
+            # Pages lie in host memory, and so do their parts of 4096 bytes: the index of one is
+            # (host address - region.host) / page. So they may begin at any 4096 bytes of the guest.
             if page < 4096 or page & (page - 1) or guest % 4096 or (host | size | fd_offset) % page:
                 raise ConfigError(
                     f"the region at guest address {guest:#x} is not aligned to its page of {page} bytes"
@@ -187,6 +197,7 @@ cdef class GuestMap:
             region.page = page
             region.method = METHODS.index(method)
             region.refused = 0
+            region.inhibited = &self.inhibition.inhibited
             index += 1
         self.map.count = index
 
@@ -246,48 +257,10 @@ cdef class GuestMap:
         if index >= self.map.count:
             raise IndexError(index)
         cdef region_t *region = &self.map.regions[index]
-        cdef uint64_t page = <uint64_t>sysconf(_SC_PAGESIZE)
-        cdef uint64_t done = 0
-        cdef uint64_t chunk, pages, number
-        cdef uint64_t resident = 0
-        cdef unsigned char seen[4096]
-        cdef int failed = 0
+        cdef uint64_t resident
+        cdef int failed
         with nogil:
-            while done < region.size:
-                chunk = region.size - done
-                if chunk > page * 4096:
-                    chunk = page * 4096
-                if c_mincore(region.host + done, chunk, seen) != 0:
-                    failed = 1
-                    break
-                pages = (chunk + page - 1) / page
-                for number in range(pages):
-                    resident += seen[number] & 1
-                done += chunk
+            failed = kernel_resident(<uint64_t>region.host, region.size, &resident)
         if failed:
             raise OSError(f"guest memory at {region.guest:#x} is not mapped any more")
-        return resident * page
-
-
-def file_page_bytes(int fd):
-    """Bytes of one page of what backs a file: the huge page on hugetlbfs, else the host's page.
-
-    :raise OSError: fstatfs(2) failed.
-    """
-    cdef statfs_t found
-    if c_fstatfs(fd, &found) != 0:
-        raise OSError(errno, os.strerror(errno))
-    return found.f_bsize if found.f_type == HUGETLBFS_MAGIC else sysconf(_SC_PAGESIZE)
-
-
-def probe_punch(int fd, uint64_t page):
-    """Whether holes can be punched into a file: 0, or the errno that says why not.
-
-    Asks for a hole just behind the end of the file: that changes nothing, and meets the same seals, modes
-    and file systems as a hole inside it.
-    """
-    size = os.fstat(fd).st_size
-    cdef off_t end = (size + page - 1) // page * page
-    if c_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, end, <off_t>page) == 0:
-        return 0
-    return errno
+        return resident

@@ -8,14 +8,19 @@ Rules:
   and fallocate(2) zeroes the edges, so that an untrimmed run destroys its neighbours.
 * A run that fails is counted and skipped; the others go on (CONTRACTS 16). If the kernel refuses the call
   as such, the region's method becomes "none", and the control plane looks into it once.
+* Whether discards are inhibited is looked at right before each system call, its repetitions too. A flush is
+  of one map, so that in a vectored call one look is good for all runs.
 """
 
 cimport cython
-from libc.errno cimport EACCES, EAGAIN, EBADF, EINTR, EINVAL, ENODEV, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.errno cimport EACCES, EAGAIN, EBADF, EINTR, EINVAL, ENODEV, ENOSYS, EOPNOTSUPP, EPERM
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from balloon._kernel cimport (
+    MADV_DONTNEED, MADV_REMOVE, iovec, kernel_advise, kernel_advise_many, kernel_punch, kernel_vectored,
+)
 from balloon._memory cimport (
     METHOD_DONTNEED, METHOD_NONE, METHOD_PUNCH, METHOD_REMOVE, GuestMap, check_process, map_find,
     process_generation, region_t,
@@ -27,69 +32,8 @@ from balloon.errors import StateError
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
-
-cdef extern from "<sys/types.h>" nogil:
-    ctypedef long off_t
-
-cdef extern from "<fcntl.h>" nogil:
-    int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length)
-    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-
-cdef extern from "<sys/mman.h>" nogil:
-    int c_madvise "madvise"(void *address, size_t length, int advice)
-    void *c_mmap "mmap"(void *address, size_t length, int prot, int flags, int fd, off_t offset)
-    int c_munmap "munmap"(void *address, size_t length)
-    int MADV_DONTNEED, MADV_REMOVE, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS
-    void *MAP_FAILED
-
-cdef extern from "<sys/uio.h>" nogil:
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
-
-cdef extern from *:
-    """
-    #include <sys/syscall.h>
-    #include <sys/uio.h>
-    #include <unistd.h>
-    #ifndef SYS_process_madvise
-    #define SYS_process_madvise 440
-    #endif
-    /* PIDFD_SELF_THREAD_GROUP of Linux 6.15: "this process", without a file descriptor. */
-    static ssize_t balloon_process_madvise(int pidfd, const struct iovec *v, size_t n, int advice) {
-        return syscall(SYS_process_madvise, pidfd, v, n, advice, 0U);
-    }
-    """
-    ssize_t balloon_process_madvise(int pidfd, const iovec *vectors, size_t count, int advice) nogil
-
-ctypedef int (*madvise_t)(void *, size_t, int) noexcept nogil
-ctypedef int (*fallocate_t)(int, int, off_t, off_t) noexcept nogil
-ctypedef ssize_t (*process_madvise_t)(int, const iovec *, size_t, int) noexcept nogil
-
-# The three calls go through pointers so that balloon.testing.faults can stand in for the kernel.
-cdef madvise_t call_madvise = <madvise_t>c_madvise
-cdef fallocate_t call_fallocate = <fallocate_t>c_fallocate
-cdef process_madvise_t call_process_madvise = <process_madvise_t>balloon_process_madvise
-
-cdef int PIDFD_SELF = -10001   # PIDFD_SELF_THREAD_GROUP
-cdef int probed = -1           # -1: not probed yet; 0: no; 1: yes
-
-
-cdef bint probe_vectored() noexcept nogil:
-    """Does process_madvise(2) discard our own memory? A page of ours tells; an empty vector would not."""
-    global probed
-    cdef iovec vector
-    cdef char *page
-    if probed < 0:
-        page = <char *>c_mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        if page == <char *>MAP_FAILED:
-            return False
-        page[0] = 1
-        vector.iov_base = page
-        vector.iov_len = 4096
-        probed = balloon_process_madvise(PIDFD_SELF, &vector, 1, MADV_DONTNEED) == 4096 and page[0] == 0
-        c_munmap(page, 4096)
-    return probed == 1
+    void flag_add(int *p, int v)
+    void full_fence()
 
 
 cdef bint reclaim_full(const reclaim_t *r) noexcept nogil:
@@ -191,23 +135,26 @@ cdef void refuse(range_t *piece, int error, reclaim_counters_t *counters) noexce
 
 cdef void discard_one(range_t *piece, int method, reclaim_counters_t *counters) noexcept nogil:
     """One call for one run."""
-    cdef size_t length = piece.end - piece.start
-    cdef int status
+    cdef uint64_t length = piece.end - piece.start
+    cdef uint64_t offset
+    cdef int error
     cdef int tries = 0
     while True:
+        if flag_load(piece.region.inhibited):
+            counters.inhibited_bytes += length
+            return
         counters.system_calls += 1
         if method == METHOD_PUNCH:
-            status = call_fallocate(
-                piece.region.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                <off_t>(piece.region.fd_offset + (piece.start - <uintptr_t>piece.region.host)), <off_t>length)
+            offset = piece.start - <uintptr_t>piece.region.host
+            error = kernel_punch(piece.region.fd, piece.region.fd_offset + offset, length)
         else:
-            status = call_madvise(
-                <void *>piece.start, length, MADV_REMOVE if method == METHOD_REMOVE else MADV_DONTNEED)
-        if status == 0:
+            error = kernel_advise(
+                piece.start, length, MADV_REMOVE if method == METHOD_REMOVE else MADV_DONTNEED)
+        if error == 0:
             counters.advised_bytes += length
             return
-        if (errno != EINTR and errno != EAGAIN) or tries == RECLAIM_RETRIES:
-            refuse(piece, errno, counters)
+        if (error != EINTR and error != EAGAIN) or tries == RECLAIM_RETRIES:
+            refuse(piece, error, counters)
             return
         tries += 1
 
@@ -233,17 +180,17 @@ cdef void discard_vector(reclaim_t *r, range_t *pieces, uint32_t count,
             counters.skipped_bytes += pieces[first].end - pieces[first].start
             first += 1
             continue
-        if count - first == 1 or not r.vectored:
+        if count - first == 1 or not r.vectored or flag_load(pieces[first].region.inhibited):
             discard_one(&pieces[first], METHOD_DONTNEED, counters)
             first += 1
             continue
         counters.system_calls += 1
-        done = call_process_madvise(PIDFD_SELF, vectors + first, count - first, MADV_DONTNEED)
+        done = kernel_advise_many(vectors + first, count - first, MADV_DONTNEED)
         if done < 0:
-            if (errno == EINTR or errno == EAGAIN) and tries < RECLAIM_RETRIES:
+            if (done == -EINTR or done == -EAGAIN) and tries < RECLAIM_RETRIES:
                 tries += 1
                 continue
-            if errno == ENOSYS or errno == EPERM:
+            if done == -ENOSYS or done == -EPERM:
                 r.vectored = False  # a filter for system calls came after the probe
             done = 0
         while first < count:
@@ -328,6 +275,14 @@ cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nog
     reclaim_clear(r)
 
 
+cdef void flush_apart(reclaim_t *r, reclaim_counters_t *counters, int *discarding) noexcept nogil:
+    """Flush outside any device's lock: whoever inhibits has to see that it is under way, or be seen by it."""
+    flag_add(discarding, 1)
+    full_fence()  # between this store and the look at `inhibited`; Inhibition.begin() has the other one
+    reclaim_flush(r, counters)
+    flag_add(discarding, -1)
+
+
 @cython.final
 cdef class Reclaimer:
     """Collects ranges of guest memory and gives them back to the kernel.
@@ -343,7 +298,7 @@ cdef class Reclaimer:
             raise MemoryError
         self.generation = process_generation()
         self.state.sorted = True
-        self.state.vectored = probe_vectored()
+        self.state.vectored = kernel_vectored()
 
     def __dealloc__(self):
         free(self.state.ranges)
@@ -358,6 +313,7 @@ cdef class Reclaimer:
         :raise StateError: another thread is in this method, or this is the child of a fork.
         """
         cdef uint64_t host, part_address
+        cdef int *discarding = &memory.inhibition.running
         cdef region_t *region
         check_process(self.generation)
         parts = [part for address, size in ranges for part in memory.translate(address, size)]
@@ -370,9 +326,9 @@ cdef class Reclaimer:
                 reclaim_add(&self.state, region, host, host + <uint64_t>take)
                 if reclaim_full(&self.state):
                     with nogil:
-                        reclaim_flush(&self.state, &self.counters)
+                        flush_apart(&self.state, &self.counters, discarding)
             with nogil:
-                reclaim_flush(&self.state, &self.counters)
+                flush_apart(&self.state, &self.counters, discarding)
         finally:
             self.busy = False
 
@@ -383,18 +339,8 @@ cdef class Reclaimer:
 
     @vectored.setter
     def vectored(self, bint wanted):
-        self.state.vectored = wanted and probe_vectored()
+        self.state.vectored = wanted and kernel_vectored()
 
     def counts(self):
         """The counters so far, by name."""
         return dict(self.counters)
-
-
-def _set_system_calls(uintptr_t madvise=0, uintptr_t process_madvise=0, uintptr_t fallocate=0):
-    """Put C functions in the place of system calls, by address; 0 puts the real one back. For tests."""
-    global call_madvise, call_fallocate, call_process_madvise
-    call_madvise = <madvise_t>madvise if madvise else <madvise_t>c_madvise
-    call_fallocate = <fallocate_t>fallocate if fallocate else <fallocate_t>c_fallocate
-    call_process_madvise = (
-        <process_madvise_t>process_madvise if process_madvise
-        else <process_madvise_t>balloon_process_madvise)

@@ -1,233 +1,92 @@
-"""Guest memory: who owns which region, what backs it, and how it is given back.
+"""Guest memory: which regions there are, who works on them, and when the layout may change.
 
 Guest memory is borrowed. A buffer that is mapped stays held until it is removed, so that its owner can
-neither free nor resize it. What backs a region is found out from /proc/self/smaps when it is added, without
-a look at the memory itself, and decides the reclaim method:
-
-=============================================  ========  ===================================================
-backing                                        method    why
-=============================================  ========  ===================================================
-private anonymous, huge pages too              dontneed  frees at once
-shared anonymous (`mmap.mmap(-1, n)`), memfd   remove    MADV_DONTNEED succeeds there and frees nothing
-given as an fd                                 punch     no mapping is needed, and each range has its errno
-private mapping of a file                      none      a discard would bring the file's content back
-locked (mlock), userfaultfd, device memory     none      refused, or somebody else decides
-a named file, shared                           none      others may map it; `shared_file=True` allows it
-=============================================  ========  ===================================================
-
-"none" means that reports are acknowledged and nothing is discarded; `Region.reason` says why.
+neither free nor resize it. What backs a region, and how it is given back, is found out in `backing`.
 """
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
-import re
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from balloon._memory import BufferHold, GuestMap, file_page_bytes, probe_punch
+from balloon._memory import BufferHold, GuestMap, Inhibition
+from balloon.backing import FdRegion, Piece, Region, map_fd
 from balloon.errors import ConfigError, StateError
 
-__all__ = ["FdRegion", "GuestMemory", "Region"]
+__all__ = ["Claim", "FdRegion", "FileResidency", "GuestMemory", "Region", "RegionResidency", "Residency"]
 
-MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) [0-9a-f]+ \S+ (\d+) *(.*)")
 TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
-class Mapping:
-    """One entry of /proc/self/smaps."""
-
-    start: int
-    end: int
-    permissions: str
-    inode: int
-    path: str
-    page_bytes: int
-    flags: frozenset[str]
-
-
-def read_mappings(start: int, end: int) -> list[Mapping]:
-    """The mappings of this process that touch an address range, in order."""
-    found: list[Mapping] = []
-    head: re.Match[str] | None = None
-    page_bytes = mmap.PAGESIZE
-    with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as smaps:
-        for line in smaps:
-            if (match := MAPPING.match(line)) is not None:
-                head = match if int(match[1], 16) < end and int(match[2], 16) > start else None
-            elif head is not None and line.startswith("KernelPageSize:"):
-                page_bytes = int(line.split()[1]) << 10
-            elif head is not None and line.startswith("VmFlags:"):
-                flags = frozenset(line.split()[1:])
-                low, high, inode = int(head[1], 16), int(head[2], 16), int(head[4])
-                found.append(Mapping(low, high, head[3], inode, head[5].strip(), page_bytes, flags))
-    return found
-
-
-def has_locked_memory() -> bool:
-    """Whether anything in this process is locked; costs nothing, unlike a look at smaps."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        return any(line.startswith("VmLck:") and int(line.split()[1]) for line in status)
-
-
-OTHERS_MAY_MAP: Final = "a file with a name, which others may map (shared_file=True allows it)"
-
-
-def classify(mapping: Mapping, shared_file: bool) -> tuple[str, str]:
-    """The reclaim method for a mapping of which the fd is not known, and why it is "none" if it is."""
-    if "lo" in mapping.flags:
-        return "none", "the memory is locked (mlock)"
-    if mapping.flags & {"um", "uw", "ui"}:
-        return "none", "the memory is registered with userfaultfd"
-    if mapping.flags & {"io", "pf"}:
-        return "none", "device memory"
-    if mapping.permissions[3] != "s":
-        if mapping.inode == 0 or mapping.path == "/anon_hugepage (deleted)":
-            return "dontneed", ""
-        return "none", "a private mapping of a file: a discard would bring the file's content back"
-    ours = mapping.path.startswith(("/dev/zero", "/memfd:", "/anon_hugepage", "/SYSV"))
-    return ("remove", "") if ours or shared_file else ("none", OTHERS_MAY_MAP)
-
-
-def classify_fd(fd: int, page_bytes: int, shared_file: bool) -> tuple[str, str]:
-    """The reclaim method for a file that is mapped here, shared, and why it is "none" if it is."""
-    # A file without a name has no user but those who were handed it.
-    if os.fstat(fd).st_nlink and not shared_file:
-        return "none", OTHERS_MAY_MAP
-    refused = probe_punch(fd, page_bytes)
-    if not refused:
-        return "punch", ""
-    why = {errno.EPERM: "the file is sealed against writing", errno.EBADF: "the fd is not writable"}
-    return "none", why.get(refused, f"no holes can be punched into the file: {os.strerror(refused)}")
-
-
-@dataclass
-class Piece:
-    """The part of a region that lies in one mapping of this process."""
+class RegionResidency:
+    """How much of a region is in the host's memory; `file` is its index in `Residency.files`, or None."""
 
     guest_address: int
     size: int
-    host_address: int
-    offset: int
-    page_bytes: int
-    method: str
-    reason: str
-    looked: bool = False  # found out anew once already, after the kernel refused
+    resident_bytes: int
+    file: int | None
 
 
 @dataclass(frozen=True)
-class FdRegion:
-    """A region of guest memory that lies in a file, for `GuestMemory.replace`. Sizes are bytes."""
+class FileResidency:
+    """What a file under guest memory holds: `allocated_bytes` of `size`, by st_blocks.
 
-    fd: int
+    `mapped_bytes` is the size of the regions that lie in it, together.
+    """
+
+    device: int
+    inode: int
     size: int
-    offset: int
-    guest_address: int
-    shared_file: bool = True
+    mapped_bytes: int
+    allocated_bytes: int
 
 
-@dataclass(eq=False)
-class Region:
-    """A piece of guest RAM as it was added."""
+@dataclass(frozen=True)
+class Residency:
+    """What the host holds for a guest at one moment, by region and by file; see `GuestMemory.residency`."""
 
-    guest_address: int
-    size: int
-    host_address: int
-    fd: int = -1
-    offset: int = 0
-    shared_file: bool = False
-    pieces: list[Piece] = field(default_factory=list, repr=False)
-    _hold: BufferHold | None = field(default=None, repr=False)
-    _mapped: mmap.mmap | None = field(default=None, repr=False)
-    _owner: object = field(default=None, repr=False)
+    regions: tuple[RegionResidency, ...]
+    files: tuple[FileResidency, ...]
 
-    @property
-    def method(self) -> str:
-        """How it is given back: "dontneed", "remove", "punch", "none", or "mixed" over several mappings."""
-        methods = {piece.method for piece in self.pieces}
-        return methods.pop() if len(methods) == 1 else "mixed"
 
-    @property
-    def reason(self) -> str:
-        """Why nothing of it, or of some of it, can be given back; empty if all can."""
-        return "; ".join(dict.fromkeys(piece.reason for piece in self.pieces if piece.reason))
+class Claim:
+    """A say in whether memory is given back, in force until it is released: by `release()` or by `with`.
+
+    `GuestMemory.inhibit` and `GuestMemory.require` make one. It stays in force when it is dropped unreleased:
+    who needs the pages where they are is not told that they went.
+    """
+
+    def __init__(self, memory: GuestMemory, reason: str, inhibits: bool) -> None:
+        self.reason = reason
+        self.inhibits = inhibits
+        self._memory = memory
+
+    def __repr__(self) -> str:
+        state = "in force" if self.in_force else "released"
+        return f"<Claim to {'inhibit' if self.inhibits else 'require'} discards, {state}: {self.reason}>"
 
     @property
-    def page_bytes(self) -> int:
-        """The largest page of what backs it: smaller parts cannot be given back."""
-        return max(piece.page_bytes for piece in self.pieces)
+    def in_force(self) -> bool:
+        """Whether it was not released yet."""
+        return self in self._memory._claims
 
-    def _find_pieces(self) -> None:
-        """Split the region by the mappings that it lies in; a file that we have mapped is one."""
-        end = self.host_address + self.size
-        here = self.host_address
-        if self.fd >= 0:
-            # Not from smaps: the kernel walks the page tables of the whole process for that.
-            page_bytes = file_page_bytes(self.fd)
-            method, reason = self._classify_file(here, page_bytes)
-            here = self._add_piece(here, self.size, page_bytes, method, reason)
-        for mapping in () if here == end else read_mappings(here, end):
-            if mapping.start > here:
-                break
-            if mapping.permissions[:2] != "rw":
-                raise ConfigError(f"guest memory at {self.guest_address:#x} is not mapped writable")
-            method, reason = classify(mapping, self.shared_file)
-            here = self._add_piece(here, min(mapping.end, end) - here, mapping.page_bytes, method, reason)
-        if here < end:
-            raise ConfigError(f"guest memory at {self.guest_address:#x} is not mapped in this process")
-        for piece in self.pieces:
-            if (piece.host_address | piece.size | piece.offset) % piece.page_bytes:
-                raise ConfigError(
-                    f"the region at {self.guest_address:#x} has to start and end at a page of "
-                    f"{piece.page_bytes} bytes: use mmap.mmap, a memfd or aligned memory"
-                )
+    def release(self) -> None:
+        """Let go of it; a second call does nothing. Discards resume with the last inhibition's release."""
+        self._memory._unclaim(self)
 
-    def _add_piece(self, here: int, size: int, page_bytes: int, method: str, reason: str) -> int:
-        """Add the part of the region that begins at an address; returns where the next one begins."""
-        into = here - self.host_address
-        self.pieces.append(
-            Piece(self.guest_address + into, size, here, self.offset + into, page_bytes, method, reason)
-        )
-        return here + size
+    def __enter__(self) -> Claim:
+        if not self.in_force:
+            raise StateError(f"this was released already: {self.reason}")
+        return self
 
-    def _classify_file(self, address: int, page_bytes: int) -> tuple[str, str]:
-        """The method for a file that we have mapped: a hole would be punched although it is locked."""
-        if has_locked_memory():
-            for mapping in read_mappings(address, address + 1):
-                if "lo" in mapping.flags:
-                    return classify(mapping, self.shared_file)
-        return classify_fd(self.fd, page_bytes, self.shared_file)
-
-    def _look_again(self, piece: Piece) -> tuple[str, str]:
-        """Find out anew what backs a piece of the region."""
-        if self.fd >= 0:
-            return self._classify_file(piece.host_address, piece.page_bytes)
-        found = read_mappings(piece.host_address, piece.host_address + 1)
-        return (
-            classify(found[0], self.shared_file) if found else ("none", "the memory is not mapped any more")
-        )
-
-    def _release(self) -> None:
-        if self._hold is not None:
-            self._hold.release()
-            self._hold = None
-        if self._mapped is not None:
-            self._mapped.close()
-            self._mapped = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        self._owner = None
-
-    def __del__(self) -> None:
-        self._release()
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 class MapUser(Protocol):
@@ -251,7 +110,10 @@ class GuestMemory:
         self._lock = threading.Lock()
         self._regions: tuple[Region, ...] = ()
         self._pieces: list[Piece] = []
-        self._map = GuestMap(())
+        self._inhibition = Inhibition()
+        self._claim_lock = threading.Lock()  # not the other one, which a swap holds while it waits
+        self._claims: tuple[Claim, ...] = ()
+        self._map = GuestMap((), (), self._inhibition)
         self._users: weakref.WeakSet[MapUser] = weakref.WeakSet()
         self._closed = False
         if buffer is not None:
@@ -281,42 +143,80 @@ class GuestMemory:
         """Bytes of all regions."""
         return sum(region.size for region in self._regions)
 
-    def add(self, buffer: Any, *, guest_address: int = 0, shared_file: bool = False) -> Region:
+    def add(
+        self,
+        buffer: Any,
+        *,
+        guest_address: int = 0,
+        shared_file: bool = False,
+        page_bytes: int | None = None,
+    ) -> Region:
         """Map any writable buffer (mmap, numpy array, ctypes array, memoryview) as guest RAM.
 
         The buffer is held until the region is removed: closing or resizing it fails meanwhile.
+        With `page_bytes` it is given back only in whole pages of that size: a power of two, and no less
+        than a page of what backs it. That keeps huge pages whole.
 
-        :raise ConfigError: it is not writable, not page-aligned, or overlaps another region.
+        :raise ConfigError: it is not writable, not page-aligned, or overlaps another region; or `page_bytes`
+            cannot be, or the buffer's address or size is no multiple of it.
         :raise StateError: the memory was closed.
         """
         hold = BufferHold(buffer)
-        region = Region(guest_address, hold.size, hold.address, shared_file=shared_file, _hold=hold)
+        region = Region(
+            guest_address,
+            hold.size,
+            hold.address,
+            shared_file=shared_file,
+            _declared=page_bytes,
+            _hold=hold,
+        )
         return self._add(region)
 
     def add_address(
-        self, address: int, size: int, *, owner: object, guest_address: int = 0, shared_file: bool = False
+        self,
+        address: int,
+        size: int,
+        *,
+        owner: object,
+        guest_address: int = 0,
+        shared_file: bool = False,
+        page_bytes: int | None = None,
     ) -> Region:
         """Map `size` bytes at a raw address of this process; `owner` is kept alive meanwhile.
 
-        :raise ConfigError: it is not mapped writable, not page-aligned, or overlaps another region.
+        `page_bytes` is the same as for `add`.
+
+        :raise ConfigError: it is not mapped writable, not page-aligned, or overlaps another region; or
+            `page_bytes` cannot be.
         :raise StateError: the memory was closed.
         """
         if address < 0 or size <= 0 or address + size > 1 << 64:
             raise ConfigError(f"{size} bytes at address {address:#x} cannot be")
-        return self._add(Region(guest_address, size, address, shared_file=shared_file, _owner=owner))
+        region = Region(
+            guest_address, size, address, shared_file=shared_file, _declared=page_bytes, _owner=owner
+        )
+        return self._add(region)
 
     def add_fd(
-        self, fd: int, size: int, *, offset: int = 0, guest_address: int = 0, shared_file: bool = False
+        self,
+        fd: int,
+        size: int,
+        *,
+        offset: int = 0,
+        guest_address: int = 0,
+        shared_file: bool = False,
+        page_bytes: int | None = None,
     ) -> Region:
         """Map a part of a memfd or file as guest RAM; the fd stays the caller's.
 
         A file that has a name is not discarded from unless `shared_file` says that nobody else needs it.
+        `page_bytes` is the same as for `add`; the file is mapped at a multiple of it.
 
         :raise ConfigError: it reaches past the end of the file, cannot be mapped writable, is not
-            page-aligned, or overlaps another region.
+            page-aligned, or overlaps another region; or `page_bytes` cannot be.
         :raise StateError: the memory was closed.
         """
-        return self._add(map_fd(FdRegion(fd, size, offset, guest_address, shared_file)))
+        return self._add(map_fd(FdRegion(fd, size, offset, guest_address, shared_file, page_bytes)))
 
     def remove(self, region: Region, timeout: float = TIMEOUT) -> None:
         """Unmap a region, once no drain is on it. A ring that lay in it stops with a fault.
@@ -371,6 +271,37 @@ class GuestMemory:
         memory = self._map
         return sum(memory.resident_bytes(index) for index in range(len(memory)))
 
+    def residency(self) -> Residency:
+        """What the host holds for the guest now, by region, in the order of addresses, and by file.
+
+        It is measured; `advised_bytes` only counts what was asked for (CONTRACTS 19). The two figures differ:
+
+        * `resident_bytes` of a region is by mincore(2), with what `Region.resident_bytes` says about it.
+        * `allocated_bytes` of a file is st_blocks in bytes: all that the file holds, also what is swapped
+          out, what lies outside the regions, and what other processes put there. A file counts once, however
+          many regions lie in it. Only regions that were added as an fd have their file here: of a mapped
+          buffer the file is not known.
+
+        Costs what `Region.resident_bytes` costs, over all regions, and one fstat(2) for each. Takes no lock:
+        drains and changes of the layout go on meanwhile, and what they change may show or not.
+
+        :raise StateError: a region was removed meanwhile.
+        :raise OSError: something is not mapped any more.
+        """
+        regions: list[RegionResidency] = []
+        files: dict[tuple[int, int], FileResidency] = {}
+        for region in self._regions:
+            resident = region.resident_bytes()
+            fd, number = region.fd, None
+            if fd >= 0:
+                found = os.fstat(fd)
+                key = found.st_dev, found.st_ino
+                mapped = region.size + (files[key].mapped_bytes if key in files else 0)
+                files[key] = FileResidency(*key, found.st_size, mapped, found.st_blocks * 512)
+                number = list(files).index(key)
+            regions.append(RegionResidency(region.guest_address, region.size, resident, number))
+        return Residency(tuple(regions), tuple(files.values()))
+
     def look_again(self) -> None:
         """Find out anew, once, what backs the regions that the kernel refused to take from (CONTRACTS 16)."""
         with self._lock:
@@ -387,6 +318,88 @@ class GuestMemory:
                     if method != was:  # else it looks as before, and yet was refused
                         piece.method, piece.reason = method, reason
                 self._map.set_method(index, piece.method)
+
+    @property
+    def inhibited_by(self) -> tuple[str, ...]:
+        """The reasons why nothing is given back at present, oldest first; one given twice is there twice."""
+        return tuple(claim.reason for claim in self._claims if claim.inhibits)
+
+    @property
+    def required_by(self) -> tuple[str, ...]:
+        """The reasons why nobody may inhibit discards at present, oldest first."""
+        return tuple(claim.reason for claim in self._claims if not claim.inhibits)
+
+    def inhibit(self, reason: str, timeout: float = TIMEOUT) -> Claim:
+        """Give nothing back, on any device or worker, from when this returns until it is released.
+
+        It is a barrier: when it returns no discard is under way, and none starts (CONTRACTS 8). Guests notice
+        nothing: their requests are acknowledged as ever, and what would have been given back is counted in
+        `inhibited_bytes`; it is not made up for later. It lasts over changes of the layout. Inhibitions are
+        counted: discards resume when the last one is released. Any thread may call this; it waits without
+        the GIL.
+
+        Use it as `with memory.inhibit("passthrough device"):`, or keep what it returns and `release()` it.
+
+        :raise ConfigError: no reason was given.
+        :raise StateError: discards are required (`required_by`); a discard under way did not end within
+            `timeout` seconds; or this was called from inside a hook, or in the child of a fork. Nothing is
+            inhibited then.
+        """
+        claim = self._claim(reason, inhibits=True)
+        until = time.monotonic() + timeout
+        try:
+            # Whoever takes a user's lock from now on sees the word. Who has it already is waited for, and
+            # that no less if others have inhibited before: they may be waiting as well.
+            for user in self._everyone():
+                user.hold(until - time.monotonic())
+                user.let_go()
+            while self._inhibition.discarding:  # Reclaimer.discard() needs no lock, and so is counted
+                if time.monotonic() >= until:
+                    raise StateError(f"a discard did not end within {timeout:g} seconds; try again")
+                time.sleep(0.0005)
+        except BaseException:
+            claim.release()
+            raise
+        return claim
+
+    def require(self, reason: str) -> Claim:
+        """Let nobody inhibit discards until it is released: for those to whom memory has to come back.
+
+        Requirements count like inhibitions, and exclude them, as in QEMU: the first one wins. Nothing else
+        changes; what cannot be given back for other reasons still is not (`Region.reason`).
+
+        :raise ConfigError: no reason was given.
+        :raise StateError: discards are inhibited (`inhibited_by`).
+        """
+        return self._claim(reason, inhibits=False)
+
+    def _claim(self, reason: str, inhibits: bool) -> Claim:
+        if not isinstance(reason, str) or not reason:
+            raise ConfigError("a reason has to be given, for whoever meets it")
+        claim = Claim(self, reason, inhibits)
+        with self._claim_lock:
+            if against := self.required_by if inhibits else self.inhibited_by:
+                does, are = ("inhibit", "required") if inhibits else ("require", "inhibited")
+                raise StateError(f"{reason!r} cannot {does} discards: they are {are} by {', '.join(against)}")
+            self._claims = (*self._claims, claim)
+            if inhibits:
+                self._inhibition.begin()
+        return claim
+
+    def _unclaim(self, claim: Claim) -> None:
+        with self._claim_lock:
+            if claim in self._claims:
+                self._claims = tuple(one for one in self._claims if one is not claim)
+                if claim.inhibits:
+                    self._inhibition.end()
+
+    def _everyone(self) -> tuple[MapUser, ...]:
+        """Who works on this memory now; whoever comes later looks at the inhibition before a discard."""
+        while True:
+            try:
+                return tuple(self._users)
+            except RuntimeError:  # a device came or went in another thread: look again
+                continue
 
     def _add(self, region: Region) -> Region:
         with self._lock:
@@ -411,11 +424,12 @@ class GuestMemory:
             for region in ordered
             for one in region.pieces
         ]
-        new = GuestMap(rows, ordered)  # which keeps them alive for as long as a queue is on it
+        # It keeps the regions alive for as long as a queue is on it.
+        new = GuestMap(rows, ordered, self._inhibition)
         until = time.monotonic() + timeout
         held: list[MapUser] = []
         try:
-            for user in tuple(self._users):
+            for user in self._everyone():
                 user.hold(until - time.monotonic())
                 held.append(user)
             for user in held:
@@ -424,38 +438,3 @@ class GuestMemory:
         finally:
             for user in held:
                 user.let_go()
-
-
-def map_fd(wanted: FdRegion) -> Region:
-    """Map a file shared and writable, and keep an fd of our own to punch holes through."""
-    where = f"the region at {wanted.guest_address:#x}"
-    if wanted.size <= 0 or wanted.offset < 0:
-        raise ConfigError(f"{where} has {wanted.size} bytes at offset {wanted.offset}")
-    try:
-        end = os.fstat(wanted.fd).st_size
-    except OSError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    if wanted.offset + wanted.size > end:
-        raise ConfigError(
-            f"{where} reaches to byte {wanted.offset + wanted.size} of a file of {end} bytes: "
-            "a drain would meet SIGBUS there"
-        )
-    if wanted.offset % mmap.ALLOCATIONGRANULARITY:
-        raise ConfigError(f"{where} starts at offset {wanted.offset} of its file, which is no page")
-    try:
-        mapped = mmap.mmap(wanted.fd, wanted.size, offset=wanted.offset)
-    except PermissionError as error:
-        raise ConfigError(f"{where}: the file is read-only or sealed against writing") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where} cannot be mapped: {error}") from error
-    hold = BufferHold(mapped)
-    return Region(
-        wanted.guest_address,
-        wanted.size,
-        hold.address,
-        os.dup(wanted.fd),
-        wanted.offset,
-        wanted.shared_file,
-        _hold=hold,
-        _mapped=mapped,
-    )

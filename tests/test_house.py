@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "_spec", "_atomics", "_pthread"),
+    ("errors", "spec", "_spec", "_atomics", "_pthread", "_kernel"),
     ("_memory", "_bell"),
     ("_ring", "_reclaim", "_parts"),
     ("_fill",),
@@ -31,7 +31,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("_drain",),
     ("_plane", "_reactor"),
     ("_queue",),
-    ("_worker",),
+    ("_worker", "backing"),
     ("memory", "stats", "config", "counters", "hinting"),
     ("virtio",),
     ("device",),

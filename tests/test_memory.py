@@ -23,11 +23,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import balloon.memory
-from balloon import Balloon, Effect, GuestMemory, Status, Worker
+from balloon import Balloon, Effect, GuestMemory, Region, Status, Worker
+from balloon._kernel import FileMapping
 from balloon._memory import METHODS, BufferHold, GuestMap
+from balloon._reclaim import Reclaimer
 from balloon._ring import SplitRing
 from balloon.errors import ConfigError, RingError, StateError
-from balloon.memory import FdRegion
+from balloon.memory import FdRegion, Residency
 from balloon.spec import Fault, Role
 from balloon.testing import Driver, GuestRam
 from balloon.testing.faults import real_madvise, system_calls
@@ -940,6 +942,146 @@ def test_a_ring_lies_over_the_pieces_of_a_region(patchwork: tuple[int, int]) -> 
     assert device.counters.advised_bytes == 4 * PAGE
 
 
+# ---------------------------------------------------------------------------------------------- declared pages
+
+BIG = 64 * KIB
+
+
+@contextlib.contextmanager
+def aligned(size: int, to: int = BIG, skip: int = 0) -> Iterator[int]:
+    """Private memory `skip` bytes above a multiple of `to`: its address."""
+    ram = mmap.mmap(-1, size + 2 * to, flags=PRIVATE)
+    yield -(-address_of(ram) // to) * to + skip
+    ram.close()
+
+
+def add_anyhow(memory: GuestMemory, kind: str, address: int, fd: int, size: int, **more: Any) -> Region:
+    """Add the same memory as a buffer, as an address, or a file as an fd or by `replace`."""
+    if kind == "buffer":
+        return memory.add((ctypes.c_char * size).from_address(address), **more)
+    if kind == "address":
+        return memory.add_address(address, size, owner=None, **more)
+    if kind == "fd":
+        return memory.add_fd(fd, size, **more)
+    memory.replace([FdRegion(fd, size, 0, more.pop("guest_address", 0), **more)])
+    return memory.regions[0]
+
+
+ANYHOW = ("buffer", "address", "fd", "replace")
+
+
+@pytest.mark.parametrize("kind", ANYHOW)
+@pytest.mark.parametrize("page", [PAGE, BIG, 4 * BIG])
+def test_a_declared_page_is_the_page_of_the_region_and_of_the_map(kind: str, page: int) -> None:
+    """The guest address need not be a multiple of it: pages lie in host memory."""
+    fd = memory_file(4 * BIG)
+    with aligned(4 * BIG, 4 * BIG) as address, GuestMemory() as memory:
+        guest = BIG + 3 * PAGE
+        region = add_anyhow(memory, kind, address, fd, 4 * BIG, guest_address=guest, page_bytes=page)
+        assert region.page_bytes == page
+        assert [piece.page_bytes for piece in region.pieces] == [page]
+        assert region.host_address % page == 0
+        assert memory.map.translate(guest, 4 * BIG) == [(guest, region.host_address, 4 * BIG)]
+        with recorded(calls := []):
+            Reclaimer().discard(memory.map, [(guest + PAGE, 4 * BIG - 2 * PAGE)])
+        start = region.host_address if kind in ("buffer", "address") else 0
+        assert calls == ([(start + page, 4 * BIG - 2 * page)] if page < 2 * BIG else [])
+    assert mappings_of(fd) == 0
+    os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ANYHOW)
+@pytest.mark.parametrize(
+    ("size", "page", "text"),
+    [
+        (BIG, 0, "page of 0 bytes: it has to be a power of two"),
+        (BIG, -PAGE, "a power of two"),
+        (3 * PAGE, 3 * PAGE, "page of 12288 bytes: it has to be a power of two"),
+        (BIG, 2048, "lies in pages of 4096 bytes: it cannot be given back in pages of 2048"),
+        (BIG, 1, "it cannot be given back in pages of 1"),
+        (BIG + PAGE, BIG, "start and end at a page of 65536 bytes"),
+        (BIG, 2 * BIG, "start and end at a page of 131072 bytes"),
+        (BIG, 1 << 70, "start and end at a page of"),
+    ],
+)
+def test_a_declared_page_that_cannot_be_is_refused(kind: str, size: int, page: int, text: str) -> None:
+    fd = memory_file(2 * BIG)
+    before = open_fds()
+    with aligned(2 * BIG, 2 * BIG) as address:
+        memory = GuestMemory()
+        with pytest.raises(ConfigError, match=text):
+            add_anyhow(memory, kind, address, fd, size, page_bytes=page)
+        assert (memory.regions, open_fds(), mappings_of(fd)) == ((), before, 0)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "address"])
+def test_memory_that_does_not_begin_at_its_declared_page_is_refused(kind: str) -> None:
+    with (
+        aligned(2 * BIG, BIG, skip=PAGE) as address,
+        pytest.raises(ConfigError, match="start and end at a page of 65536 bytes"),
+    ):
+        add_anyhow(GuestMemory(), kind, address, -1, BIG, page_bytes=BIG)
+
+
+def test_a_file_does_not_begin_inside_a_declared_page() -> None:
+    fd = memory_file(4 * BIG)
+    with pytest.raises(ConfigError, match="start and end at a page of 65536 bytes in its file"):
+        GuestMemory().add_fd(fd, BIG, offset=PAGE, page_bytes=BIG)
+    with GuestMemory() as memory:
+        region = memory.add_fd(fd, BIG, offset=2 * BIG, page_bytes=BIG)
+        os.pwrite(fd, b"here", 2 * BIG)
+        assert ctypes.string_at(region.host_address, 4) == b"here"
+    os.close(fd)
+
+
+def test_a_declared_page_does_not_lie_over_two_mappings(patchwork: tuple[int, int]) -> None:
+    """8 pages of each: 32 KiB can be, where the address allows it, and 64 KiB never."""
+    base, _ = patchwork
+    with pytest.raises(ConfigError, match="start and end at a page of 65536 bytes"):
+        GuestMemory().add_address(base, 16 * PAGE, owner=None, page_bytes=BIG)
+
+
+@pytest.mark.parametrize("flaw", ["read-only fd", "write seal"])
+def test_a_file_with_a_declared_page_has_to_be_writable_too(flaw: str, tmp_path: Path) -> None:
+    if flaw == "write seal":
+        fd = memory_file(BIG, F_SEAL_WRITE)
+    else:
+        (tmp_path / "ram").write_bytes(bytes(BIG))
+        fd = os.open(tmp_path / "ram", os.O_RDONLY)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        before = len(maps.readlines())
+    with pytest.raises(ConfigError, match="read-only or sealed against writing"):
+        GuestMemory().add_fd(fd, BIG, shared_file=True, page_bytes=BIG)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        assert len(maps.readlines()) == before
+    os.close(fd)
+
+
+def test_a_file_mapping_leaves_nothing_of_the_room_that_it_was_put_into() -> None:
+    fd = memory_file(4 * BIG)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        before = len(maps.readlines())
+    mapped = FileMapping(fd, 4 * BIG, 0, 2 * MIB)
+    assert mapped.address % (2 * MIB) == 0
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        lines = maps.readlines()
+    (ours,) = [line for line in lines if line.split()[4] == str(os.fstat(fd).st_ino)]
+    assert ours.startswith(f"{mapped.address:x}-{mapped.address + 4 * BIG:x} rw-s")
+    ends = (f"{mapped.address + 4 * BIG:x}-", f"-{mapped.address:x} ")
+    assert not [line for line in lines if " ---p " in line and any(end in line for end in ends)]
+    mapped.close()
+    mapped.close()
+    assert (mapped.address, mappings_of(fd)) == (0, 0)
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        FileMapping(9999, PAGE, 0, PAGE)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        FileMapping(fd, (1 << 64) - PAGE, 0, 2 * PAGE)
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        assert len(maps.readlines()) <= before + 1
+    os.close(fd)
+
+
 # ----------------------------------------------------------------------------------- memory, devices, threads
 
 
@@ -1374,6 +1516,339 @@ def test_what_starts_while_a_swap_waits_is_on_the_new_map(memory: GuestMemory, w
     assert calls == [(memory.regions[0].host_address, PAGE)]
 
 
+# ------------------------------------------------------------------------------------------------- inhibition
+
+
+def inhibited_bytes(device: Balloon) -> int:
+    return sum(queue.counts()["inhibited_bytes"] for queue in device._plane.queues.values())
+
+
+@pytest.mark.parametrize("kind", ["with", "plain"])
+def test_while_inhibited_requests_complete_and_nothing_is_given_back(memory: GuestMemory, kind: str) -> None:
+    """SEMANTICS 7: the guest notices nothing. Private and shared memory, one range and many."""
+    device, driver = make_device(memory)
+    private, shared = memory.regions[0], memory.regions[1]
+    for region in (private, shared):
+        ctypes.memset(region.host_address, 0x77, region.size)
+    ranges = [(0, PAGE), (2 * PAGE, PAGE), (16 * MIB, PAGE), (16 * MIB + 4 * PAGE, 2 * PAGE)]
+    claim = memory.inhibit("a test")
+    assert (claim.in_force, claim.reason) == (True, "a test")
+    assert "in force: a test" in repr(claim)
+    with claim if kind == "with" else contextlib.nullcontext():
+        with recorded(calls := []):
+            driver.report(ranges)  # raises unless its head is used
+            driver.inflate([8, 10, 4096 + 9])
+        assert calls == []
+        assert inhibited_bytes(device) == 8 * PAGE
+        assert device.counters.advised_bytes == 0
+        assert memory.inhibited_by == ("a test",)
+    if kind == "plain":
+        claim.release()
+    claim.release()
+    assert memory.inhibited_by == ()
+    assert "released: a test" in repr(claim)
+    assert resident(private.host_address, 12) == [1] * 12  # it is not made up for
+    driver.report(ranges)
+    assert resident(private.host_address, 4) == [0, 1, 0, 1]
+    assert resident(shared.host_address, 6) == [0, 1, 1, 1, 0, 0]
+    assert (inhibited_bytes(device), device.counters.advised_bytes) == (8 * PAGE, 5 * PAGE)
+
+
+def test_discards_resume_when_the_last_inhibition_is_released(memory: GuestMemory) -> None:
+    device, driver = make_device(memory)
+    first, again, other = (memory.inhibit(reason) for reason in ("disk", "disk", "card"))
+    assert memory.inhibited_by == ("disk", "disk", "card")
+    first.release()
+    first.release()  # takes nothing from the other one of that name
+    assert memory.inhibited_by == ("disk", "card")
+    other.release()
+    driver.report([(0, PAGE)])
+    assert (inhibited_bytes(device), device.counters.advised_bytes) == (PAGE, 0)
+    again.release()
+    driver.report([(0, PAGE)])
+    assert (inhibited_bytes(device), device.counters.advised_bytes) == (PAGE, PAGE)
+
+
+def test_inhibition_ends_with_its_block_and_not_with_its_object(memory: GuestMemory) -> None:
+    with pytest.raises(KeyError), memory.inhibit("block") as claim:
+        raise KeyError
+    assert not claim.in_force
+    with pytest.raises(StateError, match="released already: block"), claim:
+        raise AssertionError("not reached")
+    memory.inhibit("dropped")
+    gc.collect()
+    assert memory.inhibited_by == ("dropped",)
+
+
+def test_what_is_required_cannot_be_inhibited_and_the_other_way_round(memory: GuestMemory) -> None:
+    device, driver = make_device(memory)
+    with memory.require("overcommit"), memory.require("swap"):
+        assert (memory.required_by, memory.inhibited_by) == (("overcommit", "swap"), ())
+        with pytest.raises(StateError, match=r"'vfio' cannot inhibit .* required by overcommit, swap"):
+            memory.inhibit("vfio")
+        assert memory.inhibited_by == ()
+        driver.report([(0, PAGE)])
+        assert device.counters.advised_bytes == PAGE
+    assert memory.required_by == ()
+    with memory.inhibit("vfio"):
+        with pytest.raises(StateError, match=r"'swap' cannot require .* inhibited by vfio"):
+            memory.require("swap")
+        assert (memory.required_by, memory.inhibited_by) == ((), ("vfio",))
+    memory.require("swap").release()
+    memory.inhibit("vfio").release()
+
+
+@pytest.mark.parametrize("reason", ["", None, 7])
+def test_a_reason_has_to_be_given(memory: GuestMemory, reason: Any) -> None:
+    for say in (memory.inhibit, memory.require):
+        with pytest.raises(ConfigError, match="a reason has to be given"):
+            say(reason)
+    assert (memory.required_by, memory.inhibited_by) == ((), ())
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(("inhibit", "require", "release")), st.integers(0, 5)), max_size=30)
+)
+def test_any_order_of_claims_is_what_two_counters_say(steps: list[tuple[str, int]]) -> None:
+    memory = GuestMemory()
+    made: list[Any] = []
+    model: list[tuple[str, str]] = []  # (kind, reason), "" for what was released
+    for kind, number in steps:
+        if kind == "release":
+            if made:
+                made[number % len(made)].release()
+                model[number % len(made)] = ("", "")
+            continue
+        other = "require" if kind == "inhibit" else "inhibit"
+        if any(kind_ == other for kind_, _ in model):
+            with pytest.raises(StateError):
+                getattr(memory, kind)(str(number))
+        else:
+            made.append(getattr(memory, kind)(str(number)))
+            model.append((kind, str(number)))
+        assert memory.inhibited_by == tuple(reason for kind_, reason in model if kind_ == "inhibit")
+        assert memory.required_by == tuple(reason for kind_, reason in model if kind_ == "require")
+        assert memory.map.inhibition.count == len(memory.inhibited_by)
+        assert [claim.in_force for claim in made] == [bool(kind_) for kind_, _ in model]
+
+
+def test_inhibition_lasts_over_changes_of_the_layout(memory: GuestMemory) -> None:
+    device, driver = make_device(memory)
+    late = mmap.mmap(-1, MIB)
+    with memory.inhibit("pinned"):
+        memory.remove(memory.regions[0])
+        memory.add(late, guest_address=64 * MIB)
+        late[:] = b"\1" * MIB
+        driver.report([(64 * MIB, MIB)])
+        assert (inhibited_bytes(device), late[:]) == (MIB, b"\1" * MIB)
+    driver.report([(64 * MIB, MIB)])
+    assert late[:] == bytes(MIB)
+    claim = memory.inhibit("pinned")
+    memory.add(mmap.mmap(-1, MIB), guest_address=128 * MIB)
+    claim.release()
+    driver.report([(128 * MIB, MIB)])
+    assert device.counters.advised_bytes == 2 * MIB
+
+
+def test_a_device_that_comes_while_memory_is_inhibited_is_inhibited(memory: GuestMemory) -> None:
+    with memory.inhibit("first"):
+        device, driver = make_device(memory)
+        driver.report([(0, PAGE)])
+    assert (inhibited_bytes(device), device.counters.advised_bytes) == (PAGE, 0)
+
+
+def test_closed_memory_can_be_inhibited(memory: GuestMemory) -> None:
+    device, _ = make_device(memory)
+    memory.close()
+    with memory.inhibit("closed"):
+        assert memory.inhibited_by == ("closed",)
+    memory.require("closed").release()
+    del device
+
+
+@pytest.mark.parametrize("who", ["device", "worker", "reclaimer"])
+@pytest.mark.parametrize("others", [False, True])
+def test_inhibit_returns_when_no_discard_is_under_way(memory: GuestMemory, who: str, others: bool) -> None:
+    """And no sooner, also where somebody else has inhibited before: he may be waiting as well.
+
+    Of the two ranges the first is with the kernel, the second must never get there.
+    """
+    device, driver = make_device(memory)
+    gate = Gate()
+    order: list[str] = []
+    ranges = [(16 * MIB, PAGE), (16 * MIB + 2 * PAGE, PAGE)]  # shared: one call for each
+    worker = Worker()
+
+    def discard() -> None:
+        if who == "reclaimer":
+            Reclaimer().discard(memory.map, ranges)
+        else:
+            driver.queues[Role.REPORTING].post([(address, size, True) for address, size in ranges])
+            if who == "device":
+                device.notify(2)
+            else:
+                os.eventfd_write(kick, 1)
+
+    def inhibit() -> None:
+        memory.inhibit("barrier")
+        order.append("inhibited")
+
+    with gate, contextlib.ExitStack() as stack:
+        if who == "worker":
+            kick, call = os.eventfd(0), os.eventfd(0)
+            stack.callback(os.close, kick)
+            stack.callback(os.close, call)
+            stack.callback(worker.close)
+            worker.attach(device.queue(2), kick_fd=kick, call_fd=call)
+        discarding = Thread(discard)
+        assert gate.reached.wait(WAIT)
+        inhibiting = [Thread(inhibit) for _ in range(1 + others)]
+        for thread in inhibiting:
+            thread.join(0.3)  # one that does not wait is through by then
+            assert thread.is_alive()
+        assert memory.inhibited_by == ("barrier",) * (1 + others)
+        order.append("let through")
+        gate.open.set()
+        for thread in inhibiting:
+            thread.result()
+        discarding.result()
+        assert len(gate.calls) == 1
+    worker.close()
+    assert order == ["let through"] + ["inhibited"] * (1 + others)
+    assert len(gate.calls) == 1
+
+
+@pytest.mark.parametrize("who", ["device", "reclaimer"])
+def test_an_inhibition_that_takes_too_long_is_undone(memory: GuestMemory, who: str) -> None:
+    device, driver = make_device(memory)
+
+    def discard() -> None:
+        if who == "reclaimer":
+            Reclaimer().discard(memory.map, [(16 * MIB, PAGE), (16 * MIB + 2 * PAGE, PAGE)])
+        else:
+            driver.report([(16 * MIB, PAGE), (16 * MIB + 2 * PAGE, PAGE)])
+
+    with Gate() as gate:
+        discarding = Thread(discard)
+        assert gate.reached.wait(WAIT)
+        with pytest.raises(StateError, match="did not end within"):
+            memory.inhibit("impatient", timeout=0.05)
+        assert memory.inhibited_by == ()
+        gate.open.set()
+        discarding.result()
+        assert len(gate.calls) == 2  # it goes on as if nothing had been
+    memory.inhibit("patient").release()
+    del device
+
+
+def test_a_user_that_cannot_be_held_undoes_an_inhibition_and_the_others_are_let_go(
+    memory: GuestMemory,
+) -> None:
+    """As one that is in a hook, from which this was called (CONTRACTS 9)."""
+
+    class User:
+        held = 0
+
+        def __init__(self, fails: bool) -> None:
+            self.fails = fails
+
+        def hold(self, timeout: float) -> None:
+            assert memory.inhibited_by == ("hook",)
+            if self.fails:
+                raise StateError("from inside a hook")
+            self.held += 1
+
+        def let_go(self) -> None:
+            self.held -= 1
+
+    users = [User(number == 3) for number in range(6)]
+    memory._users.update(users)
+    with pytest.raises(StateError, match="from inside a hook"):
+        memory.inhibit("hook")
+    assert (memory.inhibited_by, memory.map.inhibition.count) == ((), 0)
+    assert [user.held for user in users] == [0] * 6
+    users[3].fails = False
+    memory.inhibit("hook").release()
+    assert [user.held for user in users] == [0] * 6
+
+
+def test_nothing_is_discarded_while_any_of_many_threads_inhibits(memory: GuestMemory) -> None:
+    """Reclaimers, a device and inhibitions in many threads; the stand-in for the kernel is the witness."""
+    device, driver = make_device(memory)
+    stop = threading.Event()
+    inhibited: set[object] = set()
+    faults: list[str] = []
+    calls = 0
+
+    def look() -> None:
+        if inhibited:
+            faults.append("a discard while inhibited")
+
+    def madvise(address: int, length: int, advice: int) -> int:
+        nonlocal calls
+        calls += 1
+        look()
+        time.sleep(0)  # let others run
+        look()
+        return 0
+
+    def inhibit() -> None:
+        for number in range(60):
+            token = object()
+            with memory.inhibit("stress", timeout=WAIT):
+                inhibited.add(token)
+                time.sleep(0)
+                if number % 8 == 0:
+                    with memory.inhibit("stress again", timeout=WAIT):
+                        time.sleep(0)
+                inhibited.discard(token)
+            # Between two of them there is a time without any, or no discard would ever start.
+            until = calls + 1
+            while calls < until and not memory.inhibited_by:
+                time.sleep(0)
+
+    def reclaim() -> None:
+        reclaimer = Reclaimer()
+        while not stop.is_set():
+            reclaimer.discard(memory.map, [(16 * MIB + 2 * n * PAGE, PAGE) for n in range(8)])
+
+    def report() -> None:
+        while not stop.is_set():
+            driver.report([(16 * MIB + 2 * n * PAGE, PAGE) for n in range(8)])
+
+    with system_calls(madvise=madvise):
+        busy = [Thread(reclaim), Thread(reclaim), Thread(report)]
+        try:
+            for thread in [Thread(inhibit) for _ in range(3)]:
+                thread.result()
+        finally:
+            stop.set()
+        for thread in busy:
+            thread.result()
+    Thread.made.clear()
+    assert not faults
+    assert calls
+    assert memory.inhibited_by == ()
+    assert memory.map.inhibition.discarding == 0
+    del device
+
+
+def test_users_that_come_and_go_do_not_disturb_an_inhibition(memory: GuestMemory) -> None:
+    """A set that changes while it is looked at raises RuntimeError."""
+    left = [3]
+
+    class Restless(weakref.WeakSet[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            if left[0]:
+                left[0] -= 1
+                raise RuntimeError("Set changed size during iteration")
+            return super().__iter__()
+
+    memory._users = Restless()
+    memory.inhibit("calm").release()
+    assert left == [0]
+
+
 # ---------------------------------------------------------------------------------------- what the host holds
 
 
@@ -1405,6 +1880,82 @@ def test_resident_bytes_says_so_when_the_mapping_is_gone() -> None:
         libc.munmap(base + PAGE, PAGE)
         with pytest.raises(OSError, match="at 0x100000 is not mapped any more"):
             memory.resident_bytes()
+
+
+def test_a_region_says_what_of_it_is_resident(memory: GuestMemory, patchwork: tuple[int, int]) -> None:
+    ram = GuestRam.of(memory)
+    ram.view(5 * PAGE, 3 * PAGE)[:] = 1
+    ram.view(16 * MIB + MIB, 1)[:] = 1
+    assert [region.resident_bytes() for region in memory.regions] == [3 * PAGE, PAGE, 0]
+    removed = memory.regions[0]
+    memory.remove(removed)
+    with pytest.raises(StateError, match="region at 0x0 was removed"):
+        removed.resident_bytes()
+    base, fd = patchwork
+    several = GuestMemory()
+    region = several.add_address(base, 16 * PAGE, owner=None, guest_address=MIB)
+    ctypes.memset(base + 6 * PAGE, 1, PAGE)
+    os.pwrite(fd, b"x", 5 * PAGE)  # page 9 of the region: in the page cache, not in our page tables
+    assert region.resident_bytes() == several.resident_bytes() == 2 * PAGE
+    libc.munmap(base + 12 * PAGE, PAGE)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        region.resident_bytes()
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        several.residency()
+
+
+def test_residency_is_by_region_and_by_file_and_a_file_counts_once() -> None:
+    first, second = memory_file(8 * PAGE), memory_file(4 * PAGE)
+    with GuestMemory() as memory:
+        memory.add_fd(second, 4 * PAGE, guest_address=3 * MIB)
+        memory.add_fd(first, 2 * PAGE, guest_address=MIB)
+        memory.add(mmap.mmap(-1, PAGE, flags=PRIVATE), guest_address=2 * MIB)
+        memory.add_fd(first, 3 * PAGE, offset=4 * PAGE, guest_address=4 * MIB)
+        os.pwrite(first, b"x", 0)
+        os.pwrite(first, b"x" * 2 * PAGE, 4 * PAGE)
+        os.pwrite(first, b"x", 7 * PAGE)  # in the file and in no region
+        found = memory.residency()
+        assert [(r.guest_address, r.size, r.resident_bytes, r.file) for r in found.regions] == [
+            (MIB, 2 * PAGE, PAGE, 0),
+            (2 * MIB, PAGE, 0, None),
+            (3 * MIB, 4 * PAGE, 0, 1),
+            (4 * MIB, 3 * PAGE, 2 * PAGE, 0),
+        ]
+        expected = []
+        for fd, mapped, allocated in ((first, 5 * PAGE, 4 * PAGE), (second, 4 * PAGE, 0)):
+            status = os.fstat(fd)
+            assert status.st_blocks * 512 == allocated
+            expected.append((status.st_dev, status.st_ino, status.st_size, mapped, allocated))
+        assert [
+            (f.device, f.inode, f.size, f.mapped_bytes, f.allocated_bytes) for f in found.files
+        ] == expected
+        assert memory.resident_bytes() == 3 * PAGE
+        Reclaimer().discard(memory.map, [(4 * MIB, 2 * PAGE)])
+        after = memory.residency()
+        assert [r.resident_bytes for r in after.regions] == [PAGE, 0, 0, 0]
+        assert [f.allocated_bytes for f in after.files] == [2 * PAGE, 0]
+        with pytest.raises(AttributeError):
+            after.files[0].size = 0  # type: ignore[misc]
+    assert memory.residency() == Residency((), ())
+    os.close(first)
+    os.close(second)
+
+
+def test_residency_waits_for_no_drain_and_no_swap(memory: GuestMemory) -> None:
+    device, driver = make_device(memory)
+    with Gate() as gate:
+        driver.queues[Role.REPORTING].post([(16 * MIB, PAGE, True)])
+        serving = Thread(lambda: device.notify(2))
+        assert gate.reached.wait(WAIT)
+        swapping = Thread(lambda: memory.remove(memory.regions[0]))
+        while not memory._lock.locked():
+            assert swapping.is_alive()
+        looking = Thread(lambda: (memory.residency(), memory.regions[1].resident_bytes()))
+        looking.result()
+        assert swapping.is_alive()
+        gate.open.set()
+        serving.result()
+        swapping.result()
 
 
 def test_a_buffer_is_held_by_every_memory_that_it_was_added_to() -> None:

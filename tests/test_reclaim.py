@@ -32,7 +32,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from balloon import Balloon, GuestMemory, Region, Worker
-from balloon._memory import GuestMap, probe_punch
+from balloon._kernel import probe_punch
+from balloon._memory import GuestMap
 from balloon._plane import DataPlane
 from balloon._queue import DataQueue
 from balloon._reclaim import Reclaimer
@@ -947,6 +948,64 @@ def test_sixteen_page_frame_numbers_make_a_64_KiB_page(large_pages: tuple[int, i
     assert ctypes.string_at(start + 3 * big, 7 * big) == b"\x33" * (7 * big)
 
 
+@pytest.mark.parametrize("kind", ["private", "shared", "memfd"])
+@pytest.mark.parametrize("page", [64 * KIB, HUGE])
+def test_a_declared_page_goes_whole_or_not_at_all(kind: str, page: int) -> None:
+    """Through the whole library: a device, reports and page frame numbers, content and mincore(2)."""
+    size = 6 * page
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, size)
+    ram = mmap.mmap(-1, size + page, flags=PRIVATE if kind == "private" else SHARED)
+    guest = RAM_AT + 5 * PAGE
+    with GuestMemory() as memory:
+        if kind == "memfd":
+            region = memory.add_fd(fd, size, guest_address=guest, page_bytes=page)
+        else:
+            at = -(-address_of(ram) // page) * page
+            region = memory.add_address(at, size, owner=ram, guest_address=guest, page_bytes=page)
+        device, driver = make_device(memory)
+        words = driver.ram.array(guest, "<u8", size // 8).reshape(6, -1)
+        words[:] = 7
+        driver.report([(guest + PAGE, 2 * page - PAGE), (guest + 3 * page, page - PAGE)])
+        post_pages(driver, range((guest + 5 * page) // PAGE, (guest + 6 * page) // PAGE))
+        driver.kick(Role.INFLATE, always=True)
+        there = resident(region.host_address, size).reshape(6, -1)
+        assert [row.mean() for row in there] == [1, 0, 1, 1, 1, 0]
+        assert [set(row.tolist()) for row in words] == [{7}, {0}, {7}, {7}, {7}, {0}]
+        counters = device.counters
+        assert (counters.advised_bytes, counters.clipped_bytes) == (2 * page, 2 * (page - PAGE))
+        del words, driver, device
+    os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "fd"])
+def test_a_declared_page_is_no_smaller_than_a_huge_page_and_may_be_larger(
+    kind: str, huge_pages: None
+) -> None:
+    with contextlib.ExitStack() as stack:
+        fd = memory_file(stack, 4 * HUGE, MFD_HUGETLB)
+        memory = stack.enter_context(GuestMemory())
+
+        def add(page: int) -> Region:
+            if kind == "fd":
+                return memory.add_fd(fd, 4 * HUGE, page_bytes=page)
+            return memory.add(mmap.mmap(fd, 4 * HUGE), page_bytes=page)
+
+        with pytest.raises(
+            ConfigError, match="lies in pages of 2097152 bytes: it cannot be given back in pages"
+        ):
+            add(64 * KIB)
+        assert not memory.regions
+        if kind == "buffer":
+            return  # where mmap(2) puts it, only 2 MiB are certain
+        region = add(2 * HUGE)
+        ctypes.memset(region.host_address, 1, 4 * HUGE)
+        before = blocks(fd)
+        Reclaimer().discard(memory.map, [(HUGE, 3 * HUGE)])
+        assert before - blocks(fd) == 2 * HUGE
+        assert ctypes.string_at(region.host_address + HUGE, 1) == b"\1"
+
+
 # ------------------------------------------------------------------------------------------- sorting, merging
 
 UNIT = 512
@@ -1450,6 +1509,129 @@ def test_two_threads_do_not_mix_their_ranges(late: bool) -> None:
         first.result()
     assert isinstance(second.error, StateError)
     assert calls == [0]
+
+
+# ------------------------------------------------------------------------------------------------- inhibition
+
+
+def inhibit_after(table: GuestMap, calls: int) -> Callable[[Call], int]:
+    """Discards are inhibited while the kernel is at its range number `calls`."""
+    seen = 0
+
+    def refuse(call: Call) -> int:
+        nonlocal seen
+        seen += 1
+        if seen == calls:
+            table.inhibition.begin()
+        return 0
+
+    return refuse
+
+
+@pytest.mark.parametrize("method", ["dontneed", "remove", "punch"])
+@pytest.mark.parametrize("after", [0, 1, 3, 8])
+def test_inhibition_is_looked_at_before_each_range(method: str, after: int) -> None:
+    table = GuestMap([(0, GIB, HOST, 77, 0, PAGE, method)])
+    reclaimer = Reclaimer()
+    reclaimer.vectored = False
+    if not after:
+        table.inhibition.begin()
+    with Kernel(refuse=inhibit_after(table, after)) as kernel:
+        reclaimer.discard(table, [(2 * n * PAGE, PAGE) for n in range(8)])
+    counts = reclaimer.counts()
+    assert [call.start % HOST for call in kernel.calls] == [2 * n * PAGE for n in range(after)]
+    assert (counts["advised_bytes"], counts["inhibited_bytes"]) == (after * PAGE, (8 - after) * PAGE)
+    assert (counts["failures"], counts["skipped_bytes"], counts["clipped_bytes"]) == (0, 0, 0)
+    assert counts["system_calls"] == after
+    if after == 8:
+        table.inhibition.end()
+    else:
+        assert table.inhibition.count == 1
+        table.inhibition.end()
+    with Kernel() as kernel:
+        reclaimer.discard(table, [(0, PAGE)])
+    assert len(kernel.calls) == 1
+
+
+@pytest.mark.parametrize("bad", [None, 2])
+def test_inhibition_is_looked_at_before_a_vectored_call_and_each_time_it_is_taken_up(
+    vectored: Reclaimer, bad: int | None
+) -> None:
+    """Ranges 0 to 7, of which 2 fails: the call ends before it, 2 is asked for alone, 3 to 7 are the rest."""
+    table = GuestMap(private_rows())
+    ranges = [(2 * n * PAGE, PAGE) for n in range(8)]
+    table.inhibition.begin()
+    with Kernel() as kernel:
+        vectored.discard(table, ranges)
+    assert kernel.asked == 0
+    assert vectored.counts()["inhibited_bytes"] == 8 * PAGE
+    table.inhibition.end()
+
+    start = table.translate(0, 1)[0][1]
+
+    def refuse(call: Call) -> int:
+        if bad is not None and call.start == start + 2 * bad * PAGE:
+            if not table.inhibition.count:
+                table.inhibition.begin()
+            return errno.ENOMEM
+        return 0
+
+    with Kernel(refuse=refuse) as kernel:
+        vectored.discard(table, ranges)
+    counts = vectored.counts()
+    if bad is None:
+        assert kernel.vectors == [8]
+        assert (counts["advised_bytes"], counts["inhibited_bytes"]) == (8 * PAGE, 8 * PAGE)
+    else:
+        assert (kernel.vectors, kernel.asked) == ([8], 1)
+        assert (counts["advised_bytes"], counts["inhibited_bytes"]) == (2 * PAGE, (8 + 6) * PAGE)
+        assert counts["failures"] == 0
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_call_that_was_interrupted_is_not_repeated_once_discards_are_inhibited(
+    vectored: Reclaimer, vector: bool
+) -> None:
+    vectored.vectored = vector
+    table = GuestMap(private_rows())
+    asked = []
+
+    def madvise(*call: Any) -> int:
+        asked.append(call)
+        table.inhibition.begin()
+        ctypes.set_errno(errno.EINTR)
+        return -1
+
+    with system_calls(madvise=madvise, process_madvise=madvise):
+        vectored.discard(table, [(2 * n * PAGE, PAGE) for n in range(4)])
+    assert len(asked) == 1
+    counts = vectored.counts()
+    assert (counts["inhibited_bytes"], counts["failed_bytes"], counts["advised_bytes"]) == (4 * PAGE, 0, 0)
+
+
+def test_maps_share_an_inhibition_only_where_they_are_told_to() -> None:
+    rows = [(0, GIB, HOST, -1, 0, PAGE, "remove")]
+    first = GuestMap(rows)
+    second, other = GuestMap(rows, (), first.inhibition), GuestMap(rows)
+    first.inhibition.begin()
+    del first
+    gc.collect()
+    assert (second.inhibition.count, other.inhibition.count) == (1, 0)
+    with Kernel() as kernel:
+        Reclaimer().discard(second, [(0, PAGE)])
+        assert not kernel.calls
+        Reclaimer().discard(other, [(0, PAGE)])
+        assert len(kernel.calls) == 1
+
+
+def test_what_has_no_method_is_skipped_and_not_inhibited() -> None:
+    table = GuestMap([(0, GIB, HOST, -1, 0, PAGE, "none"), (GIB, GIB, HOST + GIB, -1, 0, BIG, "remove")])
+    table.inhibition.begin()
+    reclaimer = Reclaimer()
+    reclaimer.discard(table, [(0, PAGE), (GIB + PAGE, 2 * BIG)])
+    counts = reclaimer.counts()
+    assert (counts["skipped_bytes"], counts["clipped_bytes"]) == (PAGE, BIG)
+    assert (counts["inhibited_bytes"], counts["advised_bytes"]) == (BIG, 0)
 
 
 # ------------------------------------------------------------------------- what is refused is looked at again

@@ -1541,7 +1541,7 @@ def test_contract_11_every_worker_is_closed_at_exit_though_one_is_stuck() -> Non
         workers = [Worker() for _ in range(4)]
         guests = [Guest(worker) for worker in workers]
         # A stand-in in C that never returns in time and needs no GIL: pause(2).
-        from balloon._reclaim import _set_system_calls
+        from balloon._kernel import _set_system_calls
         _set_system_calls(fallocate=ctypes.cast(libc.pause, ctypes.c_void_p).value)
         queue = guests[0].driver.queues[Role.REPORTING]
         queue.post([(guests[0].driver.end_of_rings, 4096, True)])

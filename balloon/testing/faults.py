@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-from balloon._reclaim import _set_system_calls
+from balloon._kernel import _set_system_calls
 
 __all__ = ["IoVec", "real_fallocate", "real_madvise", "real_process_madvise", "system_calls"]
 

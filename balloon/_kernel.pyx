@@ -1,0 +1,217 @@
+"""Every system call of the native core: what the kernel is asked about memory, and to take it back.
+
+The three calls that give memory back go through pointers, so that balloon.testing.faults can stand in for
+the kernel. Functions for drains return 0 or an errno and need no GIL; those for Python raise OSError.
+"""
+
+cimport cython
+from libc.errno cimport ENOMEM, errno
+from libc.stdint cimport uint64_t, uintptr_t
+
+import os
+
+cdef extern from "<sys/types.h>" nogil:
+    ctypedef long off_t
+
+cdef extern from "<sys/mman.h>" nogil:
+    int c_madvise "madvise"(void *address, size_t length, int advice)
+    int c_mincore "mincore"(void *address, size_t length, unsigned char *vec)
+    void *c_mmap "mmap"(void *address, size_t length, int prot, int flags, int fd, off_t offset)
+    int c_munmap "munmap"(void *address, size_t length)
+    int PROT_NONE, PROT_READ, PROT_WRITE
+    int MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED
+    void *MAP_FAILED
+
+cdef extern from "<sys/vfs.h>" nogil:
+    cdef struct statfs_t "statfs":
+        long f_type
+        long f_bsize
+    int c_fstatfs "fstatfs"(int fd, statfs_t *found)
+
+cdef extern from "<fcntl.h>" nogil:
+    int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length)
+    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+
+cdef extern from "<unistd.h>" nogil:
+    long sysconf(int name)
+    int _SC_PAGESIZE
+
+cdef extern from *:
+    """
+    #include <sys/syscall.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+    #ifndef SYS_process_madvise
+    #define SYS_process_madvise 440
+    #endif
+    /* PIDFD_SELF_THREAD_GROUP of Linux 6.15: "this process", without a file descriptor. */
+    static ssize_t balloon_process_madvise(int pidfd, const struct iovec *v, size_t n, int advice) {
+        return syscall(SYS_process_madvise, pidfd, v, n, advice, 0U);
+    }
+    """
+    ssize_t balloon_process_madvise(int pidfd, const iovec *vectors, size_t count, int advice) nogil
+
+ctypedef int (*madvise_t)(void *, size_t, int) noexcept nogil
+ctypedef int (*fallocate_t)(int, int, off_t, off_t) noexcept nogil
+ctypedef ssize_t (*process_madvise_t)(int, const iovec *, size_t, int) noexcept nogil
+
+cdef madvise_t call_madvise = <madvise_t>c_madvise
+cdef fallocate_t call_fallocate = <fallocate_t>c_fallocate
+cdef process_madvise_t call_process_madvise = <process_madvise_t>balloon_process_madvise
+
+cdef int PIDFD_SELF = -10001   # PIDFD_SELF_THREAD_GROUP
+cdef int probed = -1           # -1: not probed yet; 0: no; 1: yes
+
+cdef enum:
+    HUGETLBFS_MAGIC = 0x958458f6
+
+
+cdef int kernel_advise(uint64_t address, uint64_t length, int advice) noexcept nogil:
+    """madvise(2): 0, or the errno."""
+    return 0 if call_madvise(<void *>address, length, advice) == 0 else errno
+
+
+cdef int kernel_punch(int fd, uint64_t offset, uint64_t length) noexcept nogil:
+    """A hole in a file: 0, or the errno."""
+    if call_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, <off_t>offset, <off_t>length) == 0:
+        return 0
+    return errno
+
+
+cdef ssize_t kernel_advise_many(const iovec *vectors, size_t count, int advice) noexcept nogil:
+    """process_madvise(2) on this process: how many bytes it got to, or the errno as a negative number."""
+    cdef ssize_t done = call_process_madvise(PIDFD_SELF, vectors, count, advice)
+    return done if done >= 0 else -<ssize_t>errno
+
+
+cdef bint kernel_vectored() noexcept nogil:
+    """Does process_madvise(2) discard our own memory? A page of ours tells; an empty vector would not."""
+    global probed
+    cdef iovec vector
+    cdef char *page
+    if probed < 0:
+        page = <char *>c_mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if page == <char *>MAP_FAILED:
+            return False
+        page[0] = 1
+        vector.iov_base = page
+        vector.iov_len = 4096
+        probed = balloon_process_madvise(PIDFD_SELF, &vector, 1, MADV_DONTNEED) == 4096 and page[0] == 0
+        c_munmap(page, 4096)
+    return probed == 1
+
+
+cdef int kernel_resident(uint64_t address, uint64_t size, uint64_t *resident) noexcept nogil:
+    """Bytes of a mapped range that are in memory, by mincore(2): 0, or the errno."""
+    cdef uint64_t page = <uint64_t>sysconf(_SC_PAGESIZE)
+    cdef uint64_t done = 0
+    cdef uint64_t chunk, number
+    cdef unsigned char seen[4096]
+    resident[0] = 0
+    while done < size:
+        chunk = size - done
+        if chunk > page * 4096:
+            chunk = page * 4096
+        if c_mincore(<void *>(address + done), chunk, seen) != 0:
+            return errno
+        for number in range((chunk + page - 1) / page):
+            resident[0] += (seen[number] & 1) * page
+        done += chunk
+    return 0
+
+
+@cython.final
+cdef class FileMapping:
+    """Maps a part of a file, shared and writable, at an address that is a multiple of `page` bytes.
+
+    :raise OSError: mmap(2) failed.
+    """
+
+    def __cinit__(self, int fd, size_t size, off_t offset, size_t page):
+        cdef char *space
+        cdef char *end
+        cdef size_t skip
+        self.start = NULL
+        self.size = size
+        if size > <size_t>-1 - page:
+            raise OSError(ENOMEM, os.strerror(ENOMEM))
+        # Room in which such an address lies, the file over it, and what is left on both sides goes.
+        space = <char *>c_mmap(
+            NULL, size + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if space == <char *>MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        end = space + size + page
+        skip = (page - <uintptr_t>space % page) % page
+        self.start = <char *>c_mmap(
+            space + skip, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, offset)
+        if self.start == <char *>MAP_FAILED:
+            self.start = NULL
+            error = errno
+            c_munmap(space, size + page)
+            raise OSError(error, os.strerror(error))
+        if skip:
+            c_munmap(space, skip)
+        if self.start + size < end:
+            c_munmap(self.start + size, <size_t>(end - self.start) - size)
+
+    def __dealloc__(self):
+        self.close()
+
+    @property
+    def address(self):
+        """Where it is in this process, or 0 once it was closed."""
+        return <uintptr_t>self.start
+
+    cpdef close(self):
+        """Unmap it; a second call does nothing."""
+        if self.start != NULL:
+            c_munmap(self.start, self.size)
+            self.start = NULL
+
+
+def resident_bytes(uint64_t address, uint64_t size):
+    """Bytes of a mapped range that are in memory, by mincore(2); without the GIL meanwhile.
+
+    :raise OSError: something of it is not mapped.
+    """
+    cdef uint64_t resident
+    cdef int error
+    with nogil:
+        error = kernel_resident(address, size, &resident)
+    if error:
+        raise OSError(error, os.strerror(error))
+    return resident
+
+
+def file_page_bytes(int fd):
+    """Bytes of one page of what backs a file: the huge page on hugetlbfs, else the host's page.
+
+    :raise OSError: fstatfs(2) failed.
+    """
+    cdef statfs_t found
+    if c_fstatfs(fd, &found) != 0:
+        raise OSError(errno, os.strerror(errno))
+    return found.f_bsize if found.f_type == HUGETLBFS_MAGIC else sysconf(_SC_PAGESIZE)
+
+
+def probe_punch(int fd, uint64_t page):
+    """Whether holes can be punched into a file: 0, or the errno that says why not.
+
+    Asks for a hole just behind the end of the file: that changes nothing, and meets the same seals, modes
+    and file systems as a hole inside it.
+    """
+    size = os.fstat(fd).st_size
+    cdef off_t end = (size + page - 1) // page * page
+    if c_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, end, <off_t>page) == 0:
+        return 0
+    return errno
+
+
+def _set_system_calls(uintptr_t madvise=0, uintptr_t process_madvise=0, uintptr_t fallocate=0):
+    """Put C functions in the place of system calls, by address; 0 puts the real one back. For tests."""
+    global call_madvise, call_fallocate, call_process_madvise
+    call_madvise = <madvise_t>madvise if madvise else <madvise_t>c_madvise
+    call_fallocate = <fallocate_t>fallocate if fallocate else <fallocate_t>c_fallocate
+    call_process_madvise = (
+        <process_madvise_t>process_madvise if process_madvise
+        else <process_madvise_t>balloon_process_madvise)
