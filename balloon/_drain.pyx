@@ -121,8 +121,9 @@ cdef void queue_decide(queue_t *q, const unsigned char *verdict) noexcept nogil:
 cdef void take_back(queue_t *q, reclaim_t *r) noexcept nogil:
     """What the hook let pass goes to the kernel, after a second look at larger pages.
 
-    They were whole when the hook was asked. Since then the driver may have taken parts of them out of the
-    balloon that had come with requests before these.
+    They were whole when the hook was asked. Since then a driver that asks before it takes pages back may have
+    taken parts of them out of the balloon that had come with requests before these. Of another driver, what
+    is not acknowledged yet is still the balloon's.
     """
     cdef range_t *pending = <range_t *>q.pending
     cdef uint32_t number
@@ -131,9 +132,12 @@ cdef void take_back(queue_t *q, reclaim_t *r) noexcept nogil:
     q.release = RELEASE_NONE
     for number in range(q.pending_count):
         page = pending[number].region.page
-        if q.role != ROLE_INFLATE or page == <uint64_t>1 << PAGE_SHIFT:
-            r.ranges[r.count] = pending[number]
-            r.count += 1
+        if q.role != ROLE_INFLATE or page == <uint64_t>1 << PAGE_SHIFT or not flag_load(&q.device.tells):
+            if r.count < SLICE_RANGES:
+                r.ranges[r.count] = pending[number]
+                r.count += 1
+            else:  # those before are in more pieces now than fit: the rest stays
+                q.reclaimed.clipped_bytes += pending[number].end - pending[number].start
             continue
         start = pending[number].start
         while start < pending[number].end:
@@ -150,7 +154,7 @@ cdef void take_back(queue_t *q, reclaim_t *r) noexcept nogil:
                     last.start = start
                     last.end = start + page
                     r.count += 1
-                else:  # more pieces than fit: the rest stays
+                else:
                     q.reclaimed.clipped_bytes += page
             start += page
     q.pending_count = 0

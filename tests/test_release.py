@@ -43,3 +43,46 @@ def test_a_queue_that_waits_for_its_hook_leaves_nothing_behind_for_the_next() ->
             gate.open.set()
             assert one.take(1) == [head]
         assert one.small_gone() == [3]
+
+
+def approve(bench: Bench) -> int:
+    """Say yes to what waits for the hook of the inflate queue; returns how many ranges that are."""
+    native = bench.native(Role.INFLATE)
+    waiting = native.pending()
+    assert waiting is not None
+    number, raw = waiting
+    native.decide(number, b"\1" * (len(raw) // 16))
+    return len(raw) // 16
+
+
+def test_more_pieces_than_a_slice_has_room_for() -> None:
+    """Deflates that cut ranges into pieces while the hook is asked: what does not fit stays, and no more."""
+    with Bench(ram_bytes=16 * MIB, big=8 * MIB, page=8 * KIB) as bench:
+        bench.device.set_release_hook(lambda _: None)
+        first, count = bench.first_page, SLICE_RANGES - 1
+        one = [part for page in range(512) for part in bench.parts(page)]
+        # Larger pages that lie together, and as many small ones apart as make a whole slice.
+        small = [first + 16 + 2 * n for n in range(count)]
+        head = bench.post_pages([*one, *small], at=bench.base)
+        assert bench.native(Role.INFLATE).serve()[1] == "wait"
+        bench.driver.deflate([bench.parts(page)[0] for page in range(0, 512, 2)])
+        assert approve(bench) == SLICE_RANGES
+        bench.notify(Role.INFLATE)
+        assert bench.queue(Role.INFLATE).take_used() == [head]
+        counters = bench.device.counters
+        assert counters.ranges == SLICE_RANGES
+        assert len(bench.gone()) + len(bench.small_gone()) == SLICE_RANGES
+        assert not set(bench.gone()) & set(range(0, 512, 2))
+        assert counters.advised_bytes + counters.clipped_bytes == counters.inflated_bytes
+
+
+def test_larger_pages_pass_the_hook_without_must_tell_host() -> None:
+    """What a request makes whole is given back though nothing is kept account of after it."""
+    without = Feature.PAGE_POISON | Feature.MUST_TELL_HOST
+    with Bench(big=MIB, without=without) as bench:
+        seen = []
+        bench.device.set_release_hook(lambda ranges: seen.extend(ranges.tolist()))
+        bench.driver.inflate([*bench.parts(3), *bench.parts(5), *bench.parts(6, range(15))])
+        assert seen == [[BIG_AT + 3 * bench.page, bench.page], [BIG_AT + 5 * bench.page, bench.page]]
+        assert bench.gone() == [3, 5]
+        assert bench.device.counters.clipped_bytes == 15 * PAGE
