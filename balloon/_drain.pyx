@@ -21,7 +21,7 @@ from balloon._fill cimport (
     fill_deflate, fill_inflate, fill_report, queue_t, stats_t,
 )
 from balloon._hints cimport fill_hints
-from balloon._parts cimport parts_whole
+from balloon._parts cimport parts_forget, parts_whole
 from balloon._reclaim cimport (
     range_t, reclaim_clear, reclaim_flush, reclaim_full, reclaim_settle, reclaim_t,
 )
@@ -289,5 +289,7 @@ cdef void queue_cut(queue_t *q) noexcept nogil:
     if q.in_chain:
         q.in_chain = False
         q.counters.cut_chains += 1
+        if q.role == ROLE_DEFLATE:  # parts that it would have named are the guest's from now on
+            parts_forget(q.device.parts)
         split_push(q.ring, q.ring.head)
     show_used(q)

@@ -97,6 +97,38 @@ class Gate:
         self.open.set()
 
 
+class Steps:
+    """A gate that lets one through at a time, until it is opened for good."""
+
+    def __init__(self) -> None:
+        self._came = threading.Semaphore(0)
+        self._may_go = threading.Semaphore(0)
+        self._open = False
+
+    def __call__(self, *_: Any) -> None:
+        self._came.release()
+        assert self._open or self._may_go.acquire(timeout=PATIENCE)
+
+    def inside(self) -> None:
+        """Wait until somebody is at the gate."""
+        assert self._came.acquire(timeout=PATIENCE)
+
+    def go(self) -> None:
+        """Let whoever is there through."""
+        self._may_go.release()
+
+    def open(self) -> None:
+        """Let everybody through from now on."""
+        self._open = True
+        self._may_go.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.open()
+
+
 @contextlib.contextmanager
 def thread(work: Callable[[], Any]) -> Iterator[list[Any]]:
     """Run something in a thread of its own; at the end it has ended, and the list has what it returned.
