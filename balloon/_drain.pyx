@@ -60,13 +60,13 @@ cdef bint has_credit(queue_t *q) noexcept nogil:
     """Whether a slice may begin now; else `due_ns` says when."""
     cdef device_t *d = q.device
     cdef uint64_t now = monotonic_ns()
-    cdef uint64_t passed = now - d.credit_ns
-    if passed >= SECOND:
-        passed = SECOND
-    d.credit_ns = now
-    d.credit += <int64_t>(<double>passed * <double>d.rate / SECOND)
-    if d.credit > <int64_t>d.rate:
+    cdef double earned = <double>(now - d.credit_ns) * <double>d.rate / SECOND
+    if earned >= <double>d.rate - <double>d.credit:
         d.credit = <int64_t>d.rate
+        d.credit_ns = now
+    else:  # the time of a part of a byte counts the next time
+        d.credit += <int64_t>earned
+        d.credit_ns += <uint64_t>(<double><int64_t>earned * SECOND / <double>d.rate)
     if d.credit > 0:
         return True
     q.due_ns = now + <uint64_t>(<double>(1 - d.credit) * SECOND / <double>d.rate) + 1
