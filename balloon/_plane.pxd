@@ -17,5 +17,6 @@ cdef class DataPlane:
     cdef object __weakref__
     cdef int take(self, double timeout) except -1
     cdef void release(self) noexcept
+    cdef void poke(self) except *
     cdef void set_keep(self, int bit, bint wanted) noexcept
     cdef void see(self, GuestMap memory) except *

@@ -76,8 +76,13 @@ cdef class DataPlane:
     @live.setter
     def live(self, bint value):
         flag_store(&self.device.live, value)
-        if value and self.worker is not None:
-            for queue in self.queues.values():
+        if value:
+            self.poke()
+
+    cdef void poke(self) except *:
+        """Have the worker look at every queue that it owns."""
+        if self.worker is not None:
+            for queue in tuple(self.queues.values()):
                 self.worker.poke(queue)
 
     @property
@@ -147,7 +152,10 @@ cdef class DataPlane:
         self.device.rate = rate_bytes
         self.device.credit = <long long>rate_bytes
         self.device.credit_ns = monotonic_ns()
+        for queue in self.queues.values():
+            queue.look_now()
         self.release()
+        self.poke()
 
     def start_hints(self, uint32_t command_id, bint reclaim, double timeout=10.0):
         """Begin to take hints under an id; the ranges of the round before are forgotten.

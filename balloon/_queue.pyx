@@ -114,6 +114,11 @@ cdef class DataQueue:
         cdef uint64_t now = monotonic_ns()
         return (self.queue.due_ns - now) / 1e9 if self.queue.due_ns > now else 0.0
 
+    def look_now(self):
+        """A queue that waits for the rate need not any more, under the lock: there is another one."""
+        if self.queue.release != RELEASE_ASKED:
+            self.queue.due_ns = 0
+
     def move(self, GuestMap memory not None):
         """Put the queue on another map, under the lock; it stops with a fault if its ring is not in it."""
         if self.queue.release == RELEASE_ASKED:  # what waits for the hook lies in the map that goes

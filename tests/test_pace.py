@@ -44,3 +44,36 @@ def test_a_driver_that_keeps_kicking_earns_credit_all_the_same() -> None:
             got += bench.queue(Role.REPORTING).take_used()
             assert time.monotonic() < end
         assert got == heads
+
+
+@pytest.mark.parametrize("rate", [None, 1 << 40])
+def test_another_rate_wakes_a_queue_that_waits(rate: int | None) -> None:
+    """Under a worker, which would have slept for days."""
+    with Worker() as worker, Bench(worker=worker) as bench:
+        bench.device.set_reclaim_rate(1)
+        heads = [bench.post_report()]
+        bench.kick(Role.REPORTING)
+        assert bench.take(1) == heads
+        bench.post_report(2)
+        bench.kick(Role.REPORTING)
+        until(lambda: bench.native(Role.REPORTING).wait_seconds)
+        assert bench.device.counters.advised_bytes == PAGE
+        bench.device.set_reclaim_rate(rate)
+        bench.take(1)
+        assert bench.small_gone() == [0, 2]
+
+
+@pytest.mark.parametrize("rate", [None, 1 << 40])
+def test_another_rate_ends_the_wait_of_who_notifies(rate: int | None) -> None:
+    """Whoever sleeps for `wait_seconds` is told that there is nothing to wait for."""
+    with Bench() as bench:
+        bench.device.set_reclaim_rate(1)
+        heads = [bench.post_report()]
+        assert not bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+        heads.append(bench.post_report(2))
+        assert bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+        assert bench.native(Role.REPORTING).wait_seconds > 1
+        bench.device.set_reclaim_rate(rate)
+        assert bench.native(Role.REPORTING).wait_seconds == 0
+        assert not bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+        assert bench.queue(Role.REPORTING).take_used() == heads
