@@ -21,6 +21,7 @@ from balloon.errors import ConfigError, GuestError, PayloadError, RingError, Sta
 from balloon.memory import GuestMemory
 from balloon.spec import (
     FAULT_TEXT,
+    NOTIFY_SLICES,
     PAGE_BYTES,
     PAGE_SHIFT,
     REPORTING_CAPACITY,
@@ -367,7 +368,7 @@ class VirtioDevice:
             return Effect.NONE
         failures = queue.failures
         effect = Effect.NONE
-        while True:
+        for _ in range(NOTIFY_SLICES):
             notify, outcome, fault, news = queue.serve()
             if notify:
                 effect |= Effect.NOTIFY_USED
@@ -375,6 +376,10 @@ class VirtioDevice:
                 effect |= self.on_event(kind, queue)
             if "release" not in news and "stats" not in news:  # these may have given the queue work
                 break
+            if self._plane.queues.get(index) is not queue:  # stopped meanwhile, by another thread
+                return effect
+        else:  # a driver that keeps the ring full does not keep its caller
+            outcome = "more"
         if outcome == "more":
             effect |= Effect.NOTIFY_AGAIN
         elif outcome == "wait":

@@ -86,3 +86,26 @@ def test_larger_pages_pass_the_hook_without_must_tell_host() -> None:
         assert seen == [[BIG_AT + 3 * bench.page, bench.page], [BIG_AT + 5 * bench.page, bench.page]]
         assert bench.gone() == [3, 5]
         assert bench.device.counters.clipped_bytes == 15 * PAGE
+
+
+def test_contract_6_a_driver_that_keeps_the_ring_full_does_not_keep_notify() -> None:
+    """With a hook too `notify()` returns after a bounded number of slices, and asks to be called again."""
+    with Bench() as bench:
+        calls = 0
+
+        def refill(_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls < 2 * NOTIFY_SLICES:
+                bench.queue(Role.REPORTING).take_used()
+                bench.post_report(calls % 100)
+
+        bench.device.set_release_hook(refill)
+        bench.post_report()
+        index = bench.driver.indices[Role.REPORTING]
+        assert bench.device.notify(index) & Effect.NOTIFY_AGAIN
+        assert 1 < calls <= NOTIFY_SLICES
+        bench.notify(Role.REPORTING)
+        bench.queue(Role.REPORTING).take_used()
+        assert not bench.queue(Role.REPORTING).posted
+        assert calls == 2 * NOTIFY_SLICES
