@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from balloon._plane import run_hook
+from balloon._plane import check_outside_hook, run_hook
 from balloon._queue import DataQueue
 from balloon.errors import ConfigError, StateError
 from balloon.hinting import HintingRound, HintingRounds, HintState, Ranges, merge_ranges
@@ -304,8 +304,14 @@ class Balloon(VirtioDevice):
         """
         if not 0 < timeout < 1e6:
             raise ConfigError(f"a hook cannot have {timeout} seconds")
-        self._hook, self._hook_timeout = hook, timeout
-        self._set_hooks()
+        before = self._hook, self._hook_timeout
+        check_outside_hook()
+        self._hook, self._hook_timeout = hook, timeout  # it is there before it is asked
+        try:
+            self._set_hooks()
+        except StateError:
+            self._hook, self._hook_timeout = before
+            raise
 
     def _set_hooks(self) -> None:
         roles = {Role.INFLATE, Role.REPORTING, Role.HINTING} if self._hook is not None else set()
@@ -326,8 +332,12 @@ class Balloon(VirtioDevice):
         try:
             for hook in hooks:
                 answer = None if hook is None else run_hook(hook, ranges)
-                if answer is not None:
-                    verdict &= np.broadcast_to(np.asarray(answer, dtype=np.bool_), verdict.shape)
+                if answer is None:
+                    continue
+                mask = np.asarray(answer, dtype=np.bool_)
+                if mask.shape not in ((), verdict.shape):
+                    raise ValueError(f"a verdict of shape {mask.shape} on {len(verdict)} ranges")
+                verdict &= mask
         except Exception:
             verdict[:] = False
             self._hook_failures += 1

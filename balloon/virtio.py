@@ -12,7 +12,7 @@ import enum
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from balloon._plane import DataPlane
+from balloon._plane import DataPlane, check_outside_hook
 from balloon._queue import DataQueue
 from balloon._ring import SplitRing
 from balloon.config import ConfigSpace
@@ -168,6 +168,7 @@ class VirtioDevice:
 
         :raise StateError: a worker owns a queue: detach it first; or this is inside a before-release hook.
         """
+        check_outside_hook()
         if self._plane.worker is not None:
             raise StateError("a worker owns queues of this device: detach them first")
         for index in tuple(self._plane.queues):

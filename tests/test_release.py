@@ -109,3 +109,163 @@ def test_contract_6_a_driver_that_keeps_the_ring_full_does_not_keep_notify() -> 
         bench.queue(Role.REPORTING).take_used()
         assert not bench.queue(Role.REPORTING).posted
         assert calls == 2 * NOTIFY_SLICES
+
+
+# --------------------------------------------------------------------------------- from inside the hook
+
+
+def test_from_inside_what_would_wait_is_refused_and_changes_nothing() -> None:
+    """Contracts 8 and 9: each of these raises StateError, and nothing of it has happened."""
+    with Worker() as worker, Bench(worker=worker) as other, Bench() as bench:
+        device, memory = bench.device, bench.memory
+        index = bench.driver.indices[Role.REPORTING]
+        seen: list[str] = []
+        answers: list[int] = []
+        more = bench.file(MIB)
+
+        def inside(ranges: Any) -> bool:
+            answers.append(len(ranges))
+            calls: dict[str, Callable[[], Any]] = {
+                "reset": device.reset,
+                "status 0": lambda: device.write_status(0),
+                "stop": lambda: device.stop_queue(index),
+                "close": memory.close,
+                "add": lambda: memory.add_fd(more, MIB, guest_address=BIG_AT),
+                "remove": lambda: memory.remove(bench.small),
+                "replace": lambda: memory.replace([]),
+                "inhibit": lambda: memory.inhibit("a test"),
+                "notify": lambda: device.notify(index),
+                "worker.close": worker.close,
+                "hook": lambda: device.set_release_hook(None),
+                "rate": lambda: device.set_reclaim_rate(1),
+                "no rate": lambda: device.set_reclaim_rate(None),
+                "another's hook": lambda: other.device.set_release_hook(lambda _: False),
+                "another's reset": other.device.reset,
+            }
+            for name, call in calls.items():
+                try:
+                    call()
+                except StateError:
+                    seen.append(name)
+            assert seen == list(calls)
+            return True
+
+        device.set_release_hook(inside)
+        status, counters = device.status, other.device.counters
+        heads = [bench.post_report(1)]
+        bench.notify(Role.REPORTING)
+        heads.append(bench.post_report(3))
+        seen.clear()
+        bench.notify(Role.REPORTING)  # it is asked again: it was not taken away
+        assert bench.queue(Role.REPORTING).take_used() == heads
+        assert answers == [1, 1]
+        assert bench.small_gone() == [1, 3]
+        assert device.counters.vetoed_bytes == 0
+        assert (device.status, memory.regions, memory.inhibited_by) == (status, (bench.small,), ())
+        # The worker goes on, and the other device has no hook.
+        assert other.device.counters == counters
+        other.driver.report([(other.base, PAGE)])
+        assert other.small_gone() == [0]
+
+
+def test_a_hook_that_could_not_be_set_is_not_there() -> None:
+    """A drain that does not end in time: the old hook stays in force."""
+    with Worker() as worker, Bench(worker=worker) as bench:
+        old: list[Any] = []
+        bench.device.set_release_hook(old.append, timeout=PATIENCE)
+        with Gate() as gate, Recorder(gate), Events(worker, bench):
+            bench.post_report()
+            bench.kick(Role.REPORTING)
+            until(gate.inside.is_set)
+            take = bench.device._plane.set_hook
+            plane = bench.device._plane
+
+            class Impatient:
+                """The plane, with less patience."""
+
+                def set_hook(self, roles: Any, timeout: float) -> None:
+                    take(roles, timeout, 0.01)
+
+            bench.device._plane = Impatient()  # type: ignore[assignment]
+            try:
+                with pytest.raises(StateError):
+                    bench.device.set_release_hook(None)
+            finally:
+                bench.device._plane = plane
+            gate.open.set()
+            bench.take(1)
+            bench.post_report(2)
+            bench.kick(Role.REPORTING)
+            bench.take(1)
+        assert [ranges.tolist() for ranges in old] == [[[bench.base, PAGE]], [[bench.base + 2 * PAGE, PAGE]]]
+
+
+# ------------------------------------------------------------------------------------- what it answers
+
+
+NO = [False]
+ANSWERS: dict[str, tuple[Callable[[int], Any], Callable[[int], list[bool]]]] = {
+    "none": (lambda n: None, lambda n: [True] * n),
+    "true": (lambda n: True, lambda n: [True] * n),
+    "numpy true": (lambda n: np.True_, lambda n: [True] * n),
+    "false": (lambda n: False, lambda n: NO * n),
+    "zero": (lambda n: 0, lambda n: NO * n),
+    "a mask": (lambda n: np.arange(n) % 2 == 1, lambda n: [k % 2 == 1 for k in range(n)]),
+    "a list": (lambda n: [k == 0 for k in range(n)], lambda n: [k == 0 for k in range(n)]),
+    "numbers": (lambda n: list(range(n)), lambda n: [k > 0 for k in range(n)]),
+    "too short": (lambda n: [True] * (n - 1), lambda n: NO * n),
+    "too long": (lambda n: [True] * (n + 1), lambda n: NO * n),
+    "one for all": (lambda n: [True], lambda n: NO * n),
+    "a column": (lambda n: np.ones((n, 1)), lambda n: NO * n),
+    "ragged": (lambda n: [[True], [True, True]], lambda n: NO * n),
+    "an exception": (lambda n: 1 // 0, lambda n: NO * n),
+}
+"""What a hook returns for n ranges, and which of them are discarded."""
+
+
+def say(answer: Callable[[int], Any]) -> Callable[[Any], Any]:
+    return lambda ranges: answer(len(ranges))
+
+
+@pytest.mark.parametrize("by_worker", [False, True])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_verdicts(name: str, by_worker: bool) -> None:
+    """A veto: acknowledged, once, nothing discarded, and counted."""
+    answer, allowed = ANSWERS[name]
+    wanted = allowed(4)
+    with Worker() as worker, Bench(worker=worker if by_worker else None) as bench, Recorder() as kernel:
+        bench.device.set_release_hook(say(answer), timeout=PATIENCE)
+        buffers = [(bench.base + 2 * k * PAGE, PAGE, True) for k in range(4)]
+        heads = [bench.queue(Role.REPORTING).post(buffers)]
+        with Events(worker, bench):
+            if by_worker:
+                bench.kick(Role.REPORTING)
+                assert bench.take(1) == heads
+            else:
+                assert not bench.notify(Role.REPORTING) & (Effect.NOTIFY_LATER | Effect.NEEDS_RESET)
+                assert bench.queue(Role.REPORTING).take_used() == heads
+        assert bench.small_gone() == [2 * k for k in range(4) if wanted[k]]
+        counters = bench.device.counters
+        assert counters.advised_bytes == kernel.bytes == sum(wanted) * PAGE
+        assert counters.vetoed_bytes == (4 - sum(wanted)) * PAGE
+        assert counters.reported_bytes == counters.advised_bytes + counters.vetoed_bytes
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_contract_4_a_map_swap_takes_what_waits_with_it(answered: bool) -> None:
+    """The hook is asked, or has just let them go: nothing is discarded on the new map, and all is counted."""
+    with Bench() as bench, Recorder() as kernel:
+        bench.device.set_release_hook(lambda _: True)
+        head = bench.post_report(2, 3)
+        native = bench.native(Role.REPORTING)
+        assert native.serve()[1] == "wait"
+        waiting = native.pending()
+        assert waiting is not None
+        if answered:
+            native.decide(waiting[0], b"\1")
+        bench.memory.add_fd(bench.file(MIB), MIB, guest_address=BIG_AT)
+        native.decide(waiting[0], b"\1")  # too late
+        assert not bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+        assert bench.queue(Role.REPORTING).take_used() == [head]
+        assert kernel.calls == []
+        assert bench.device.counters.vetoed_bytes == 3 * PAGE
