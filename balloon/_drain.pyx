@@ -232,6 +232,9 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
         return SLICE_FAULT
     if not flag_load(&q.device.live):  # DRIVER_OK comes with a poke
         return SLICE_IDLE
+    if flag_load(&q.device.forget):
+        parts_forget(q.device.parts)
+        flag_store(&q.device.forget, 0)
     if q.release == RELEASE_ASKED:
         if monotonic_ns() < q.due_ns:
             return SLICE_WAIT

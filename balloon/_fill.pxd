@@ -81,6 +81,7 @@ ctypedef struct device_t:       # what the queues of one device share; numbers a
     int64_t credit              # of them, what may be discarded now
     uint64_t credit_ns          # CLOCK_MONOTONIC of that
     parts_table_t *parts
+    int forget                  # atomic: the next slice begins with no part in the balloon
     hints_t hints
 
 ctypedef struct queue_t:

@@ -17,7 +17,7 @@ from libc.stdlib cimport free
 from balloon._drain cimport monotonic_ns
 from balloon._fill cimport HINT_IDLE, HINT_REQUESTED, KEEP_POISON, KEEP_REPORTS, span_t
 from balloon._memory cimport GuestMap, check_process, process_generation
-from balloon._parts cimport PartsTable, parts_forget
+from balloon._parts cimport PartsTable
 from balloon._pthread cimport (
     CLOCK_REALTIME, clock_gettime, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_timedlock,
     pthread_mutex_unlock, timespec,
@@ -128,7 +128,9 @@ cdef class DataPlane:
     @property
     def open_parts(self):
         """Parts of 4 KiB that the balloon holds of larger pages which are not complete."""
-        return self.device.parts.open_parts if self.device.parts != NULL else 0
+        if self.device.parts == NULL or flag_load(&self.device.forget):
+            return 0
+        return self.device.parts.open_parts
 
     def set_hook(self, roles, double hook_timeout=1.0, double timeout=10.0):
         """Let ranges of these roles wait for `DataQueue.decide()`, each time at most `hook_timeout` seconds.
@@ -204,9 +206,8 @@ cdef class DataPlane:
             self.release()
 
     def forget_parts(self):
-        """No part of a larger page is in the balloon any more: under `hold()`, or where no queue runs."""
-        if self.parts is not None:
-            parts_forget(&self.parts.table)
+        """No part of a larger page is in the balloon any more, for every slice that begins from now on."""
+        flag_store(&self.device.forget, 1)
 
     cdef void see(self, GuestMap memory) except *:
         """Keep account of the parts of larger pages of this map."""

@@ -56,3 +56,28 @@ def test_a_deflate_request_that_is_cut_short_forgets_the_account() -> None:
             bench.driver.inflate(bench.parts(3, range(8, 16)))
             assert bench.gone() == []
             assert bench.device.partial_bytes == 8 * PAGE
+
+
+def test_the_account_is_forgotten_while_a_worker_keeps_it() -> None:
+    """As when another queue of the device stops, again and again, in the middle of inflate requests."""
+    size = 32 * MIB
+    with Worker() as worker, Bench(big=size, worker=worker) as bench:
+        numbers = [part for page in range(size // bench.page) for part in bench.parts(page)]
+        done = threading.Event()
+
+        def guest() -> None:
+            try:
+                for _ in range(400):
+                    head = bench.post_pages(numbers, at=bench.base)
+                    bench.driver.kick(Role.INFLATE)
+                    bench.driver.wait(Role.INFLATE, [head])
+            finally:
+                done.set()
+
+        device, plane = bench.device, bench.device._plane
+        with thread(guest):
+            while not done.is_set():
+                plane.forget_parts()
+                assert device.partial_bytes <= size
+        plane.forget_parts()
+        assert device.partial_bytes == 0
