@@ -219,8 +219,11 @@ cdef class Worker:
 
     def poke(self, DataQueue queue not None):
         """Look at a queue as if it had been kicked; nothing if it is not attached here."""
+        cdef _Attachment attachment
         if queue.worker is not None and self.thread is not None:
-            self.post(COMMAND_POKE, self.attachment_of(queue))
+            attachment = self.attachment_of(queue)
+            if not attachment.token:  # else its slot may be gone by the time that the command is read
+                self.post(COMMAND_POKE, attachment)
 
     def set_call(self, DataQueue queue not None, int call_fd):
         """Send the notifications of an attached queue elsewhere; the old fd may be closed afterwards."""

@@ -269,3 +269,55 @@ def test_contract_4_a_map_swap_takes_what_waits_with_it(answered: bool) -> None:
         assert bench.queue(Role.REPORTING).take_used() == [head]
         assert kernel.calls == []
         assert bench.device.counters.vetoed_bytes == 3 * PAGE
+
+
+# -------------------------------------------------------------------- what ends while the hook is asked
+
+APART = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from bench import *
+worker = Worker()
+one, two = Bench(worker=worker), Bench(worker=worker)
+"""
+
+
+def run_apart(code: str) -> None:
+    """Run a program that may crash in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", APART.format(tests=os.path.dirname(__file__)) + code],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), f"{done.returncode} {done.stdout}\n{done.stderr}"
+
+
+def test_a_verdict_on_a_queue_that_was_detached_meanwhile() -> None:
+    """The worker is not told of a queue that is its own no more: what it knew of it is gone."""
+    run_apart(
+        textwrap.dedent("""
+        one.device.set_release_hook(lambda _: None, timeout=PATIENCE)
+        native = one.native(Role.REPORTING)
+        one.post_report()
+        one.kick(Role.REPORTING)
+        until(native.pending)
+        number, raw = native.pending()
+        size = type(native.worker).__basicsize__ + 16 - 33  # with what the interpreter adds to each
+        worker.detach(native)
+        until(lambda: native.pending() is None)
+        with Gate() as gate, Recorder(gate):
+            two.post_report()
+            two.kick(Role.REPORTING)
+            until(gate.inside.is_set)          # the worker stands still, with the detach behind it
+            native.decide(number, bytes(len(raw) // 16))
+            until(lambda: any(kind == "detached" for kind, *_ in worker.take_events()))
+            assert native.worker is None
+            others = [bytes(size) for _ in range(1000)]  # where it was
+            gate.open.set()
+            two.take(1)
+        two.driver.report([(two.base, PAGE)])
+        one.close(), two.close(), worker.close()
+        print("alive")
+        """)
+    )
