@@ -27,8 +27,8 @@ from balloon._reclaim cimport (
 )
 from balloon._ring cimport split_listen, split_pending, split_pop, split_publish, split_push, split_silence
 from balloon._spec cimport (
-    FAULT_NONE, FAULT_STATS_SURPLUS, PAGE_SHIFT, ROLE_DEFLATE, ROLE_HINTING, ROLE_INFLATE, ROLE_REPORTING,
-    ROLE_STATS, SLICE_RANGES,
+    FAULT_AVAILABLE_AHEAD, FAULT_HEAD_RANGE, FAULT_NONE, FAULT_STATS_SURPLUS, PAGE_SHIFT, ROLE_DEFLATE,
+    ROLE_HINTING, ROLE_INFLATE, ROLE_REPORTING, ROLE_STATS, SLICE_RANGES,
 )
 from balloon._statistics cimport fill_stats
 
@@ -272,6 +272,8 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
         return SLICE_WAIT
     finish(q, r)
     if got < 0:
+        if q.first_fault == FAULT_NONE and -got != FAULT_AVAILABLE_AHEAD and -got != FAULT_HEAD_RANGE:
+            q.first_head = q.ring.head
         count_fault(q, -got)
         q.fault = -got
         return SLICE_FAULT

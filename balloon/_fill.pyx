@@ -27,7 +27,8 @@ cdef void count_fault(queue_t *q, int fault) noexcept nogil:
     q.counters.faults[fault] += 1
     if q.first_fault == FAULT_NONE:
         q.first_fault = fault
-        q.first_head = q.ring.head if q.in_chain else -1
+        if q.in_chain:
+            q.first_head = q.ring.head
 
 
 # Ranges of reports and hints.

@@ -97,6 +97,7 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
         ring.available + 4 + 2 * <size_t>(ring.next_available & ring.mask)))
     if head >= ring.size:
         return -FAULT_HEAD_RANGE
+    ring.head = head  # also of a chain that is not popped, for whoever tells of it
     position = head
     limit = ring.size
     count = 0
@@ -134,7 +135,6 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
             return -FAULT_NEXT_RANGE
         position = following
     ring.chain_length = count
-    ring.head = head
     ring.next_available += 1
     return 1
 

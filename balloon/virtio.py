@@ -360,7 +360,8 @@ class VirtioDevice:
         driver has not set DRIVER_OK, is not touched (A1), and neither is one of a device that needs a reset.
 
         :raise StateError: a worker owns queues of this device, or this is inside a before-release hook.
-        :raise GuestError: only with `strict`: the first thing that the driver got wrong.
+        :raise GuestError: only with `strict`: the first thing that the driver got wrong. What is to be done
+            all the same is in `take_effects()`.
         """
         if self._has_fault():
             return self._tell_fault()
@@ -390,6 +391,7 @@ class VirtioDevice:
         if fault is not Fault.NONE:
             effect |= self._tell_fault()
             if self._plane.strict:
+                self._later |= effect
                 raise self.guest_error(queue)
         return effect
 
@@ -413,6 +415,8 @@ class VirtioDevice:
     def guest_error(self, queue: DataQueue) -> GuestError:
         """The first thing that the driver got wrong on a queue, as an exception to raise or to log."""
         fault, head = queue.first_fault
+        if fault is Fault.NONE:  # what stopped it was none of its driver's chains
+            fault = queue.fault
         text, section = FAULT_TEXT.get(fault, ("nothing is wrong", ""))
         kind = PayloadError if fault > Fault.PAYLOAD else RingError
         return kind(text, queue=queue.index, head=head, section=section)
