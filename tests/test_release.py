@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench import BIG_AT, KIB, MIB, PAGE, PATIENCE, Bench, Events, Gate, Recorder, thread, until
 
-from balloon import GuestMemory
-from balloon._queue import DataQueue
 from balloon._worker import Worker
 from balloon.device import Effect
 from balloon.errors import ConfigError, StateError
 from balloon.spec import NOTIFY_SLICES, SLICE_BYTES, SLICE_RANGES, Feature, Role
-from bench import BIG_AT, KIB, MIB, PAGE, PATIENCE, Bench, Events, Gate, Recorder, thread, until
 
 # ------------------------------------------------------------------------- what goes on while it is asked
 
@@ -321,3 +319,432 @@ def test_a_verdict_on_a_queue_that_was_detached_meanwhile() -> None:
         print("alive")
         """)
     )
+
+
+# --------------------------------------------------------------------------------------- what it sees
+
+
+@pytest.mark.parametrize("by_worker", [False, True])
+def test_it_sees_what_would_be_discarded(by_worker: bool) -> None:
+    """Guest addresses, merged, whole pages, only RAM, read-only; before the discard and the used index."""
+    with (
+        Worker() as worker,
+        Bench(big=MIB, worker=worker if by_worker else None) as bench,
+        Recorder() as kernel,
+    ):
+        seen: list[list[list[int]]] = []
+        used = bench.queue(Role.REPORTING).used_header
+
+        def hook(ranges: Any) -> None:
+            assert isinstance(ranges, np.ndarray)
+            assert (ranges.dtype, ranges.ndim, ranges.shape[1]) == (np.uint64, 2, 2)
+            assert not ranges.flags.writeable
+            with pytest.raises(ValueError, match="read-only"):
+                ranges[0] = 0
+            with pytest.raises(ValueError, match="WRITEABLE"):
+                ranges.flags.writeable = True
+            seen.append(ranges.tolist())
+            assert kernel.calls == []
+            assert int(used[1]) == 0
+            assert bench.queue(Role.INFLATE).used_header[1] == 0
+            assert bench.small_gone() == []
+            assert bench.gone() == []
+
+        bench.device.set_release_hook(hook, timeout=PATIENCE)
+        base = bench.base
+        at = bench.parts(3)[0] * PAGE
+        chain = [
+            (base + 9 * PAGE, PAGE, True),
+            (base + 7 * PAGE, 2 * PAGE, True),  # its neighbour below
+            (base + 20 * PAGE + 1, 2 * PAGE, True),  # one whole page
+            (base + 30 * PAGE, 100, True),  # none
+            (base + 9 * PAGE, 2 * PAGE, True),  # overlaps
+            (1 << 60, PAGE, True),  # not RAM
+            (bench.small.size - PAGE, 2 * PAGE, True),  # half of it
+            (at - PAGE, 2 * bench.page, True),  # before the region, one whole page of 64 KiB, and most of one
+            (base, 0, True),
+        ]
+        head = bench.queue(Role.REPORTING).post(chain)
+        with Events(worker, bench):
+            if by_worker:
+                bench.kick(Role.REPORTING)
+                bench.take(1)
+            else:
+                assert not bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+                assert bench.queue(Role.REPORTING).take_used() == [head]
+        (ranges,) = seen
+        assert sorted(ranges) == [
+            [base + 7 * PAGE, 4 * PAGE],
+            [base + 21 * PAGE, PAGE],
+            [bench.small.size - PAGE, PAGE],
+            [at, bench.page],
+        ]
+        assert kernel.bytes == 6 * PAGE + bench.page == bench.device.counters.advised_bytes
+        assert bench.gone() == [3]
+        last = (bench.small.size - base) // PAGE - 1
+        assert bench.small_gone() == [7, 8, 9, 10, 21, last]
+
+
+def test_it_sees_every_slice_of_a_long_chain() -> None:
+    """Ranges of a chain that takes several slices: each slice is asked about, the chain is used at its end."""
+    size = 3 * SLICE_BYTES
+    with Bench(ram_bytes=size + 4 * MIB) as bench:
+        seen: list[tuple[int, int]] = []
+        used = bench.queue(Role.REPORTING).used_header
+
+        def hook(ranges: Any) -> bool:
+            assert used[1] == 0
+            seen.extend((int(a), int(n)) for a, n in ranges)
+            return len(seen) != 2
+
+        bench.device.set_release_hook(hook)
+        head = bench.queue(Role.REPORTING).post([(bench.base, size, True)])
+        bench.notify(Role.REPORTING)
+        assert bench.queue(Role.REPORTING).take_used() == [head]
+        assert len(seen) >= 3
+        assert sum(n for _, n in seen) == size
+        assert [a for a, _ in seen] == [bench.base + sum(n for _, n in seen[:k]) for k in range(len(seen))]
+        counters = bench.device.counters
+        assert counters.vetoed_bytes == seen[1][1]
+        assert counters.advised_bytes == size - seen[1][1]
+        assert bench.ram.view(seen[1][0], seen[1][1]).all()
+
+
+def test_it_is_not_asked_where_nothing_would_be_discarded() -> None:
+    """No whole page, no RAM, reporting off, a deflate request: acknowledged as ever."""
+    with Bench(big=MIB) as bench:
+        bench.device.set_release_hook(lambda _: pytest.fail("asked"))
+        bench.driver.report([(bench.base + 1, PAGE), (1 << 60, PAGE)])
+        bench.driver.inflate([*bench.parts(3, range(15)), 0xFFFFFFFF])
+        bench.driver.deflate([bench.first_page])
+        bench.device.set_reporting(False)
+        bench.driver.report([(bench.base, 8 * PAGE)])
+        assert bench.device.counters.vetoed_bytes == 0
+
+
+def test_without_a_hook_no_system_call_is_made_for_it() -> None:
+    """The same reports with and without: a hook costs no call either, and none is there without it."""
+    calls = []
+    for hook in (None, lambda _: None, None):
+        with Bench() as bench, Recorder() as kernel:
+            bench.device.set_release_hook(hook)
+            bench.driver.report([(bench.base + 2 * n * PAGE, PAGE) for n in range(8)])
+            bench.driver.inflate([bench.first_page + 100 + n for n in range(8)])
+            calls.append([len(ranges) for ranges in kernel.calls])
+    assert calls[0] == calls[1] == calls[2] == [1] * 9
+
+
+def test_settings_that_cannot_be() -> None:
+    with Bench() as bench:
+        for timeout in (0, -1, float("nan"), float("inf"), 1e6):
+            with pytest.raises(ConfigError):
+                bench.device.set_release_hook(lambda _: False, timeout=timeout)
+        bench.driver.report([(bench.base, PAGE)])
+        assert bench.small_gone() == [0]
+
+
+# ------------------------------------------------------------------------------ too late, or not at all
+
+
+def test_no_answer_in_time_is_a_veto_and_a_late_one_changes_nothing() -> None:
+    """Under a worker: the guest has its buffer back while the hook still thinks; the next one is asked anew."""
+    with Worker() as worker, Bench(worker=worker) as bench, Events(worker, bench), Gate() as gate:
+        turn: list[Any] = []
+
+        def hook(ranges: Any) -> bool:
+            turn.append(ranges.tolist())
+            if len(turn) == 1:
+                gate()
+            return True
+
+        bench.device.set_release_hook(hook, timeout=0.05)
+        head = bench.post_report(3)
+        bench.kick(Role.REPORTING)
+        assert bench.take(1) == [head]
+        assert bench.small_gone() == []
+        counters = bench.device.counters
+        assert (counters.vetoed_bytes, counters.advised_bytes) == (PAGE, 0)
+        # What is asked next has another number: the late yes is not for it.
+        bench.device.set_release_hook(hook, timeout=PATIENCE)
+        head = bench.post_report(5)
+        bench.kick(Role.REPORTING)
+        until(bench.native(Role.REPORTING).pending)
+        assert bench.queue(Role.REPORTING).take_used() == []
+        gate.open.set()
+        assert bench.take(1) == [head]
+        assert turn == [[[bench.base + 3 * PAGE, PAGE]], [[bench.base + 5 * PAGE, PAGE]]]
+        assert bench.small_gone() == [5]
+        assert bench.device.counters.vetoed_bytes == PAGE
+
+
+def test_a_verdict_for_another_number_or_of_another_length_is_none() -> None:
+    with Bench() as bench:
+        bench.device.set_release_hook(lambda _: True, timeout=PATIENCE)
+        bench.queue(Role.REPORTING).post([(bench.base, PAGE, True), (bench.base + 2 * PAGE, PAGE, True)])
+        native = bench.native(Role.REPORTING)
+        assert native.serve()[1] == "wait"
+        waiting = native.pending()
+        assert waiting is not None
+        number, _ = waiting
+        for wrong, verdict in (
+            (number - 1, b"\1\1"),
+            (number + 1, b"\1\1"),
+            (number, b"\1"),
+            (number, b"\1" * 3),
+        ):
+            native.decide(wrong, verdict)
+            assert native.pending() == waiting
+        assert native.serve()[1] == "wait"
+        assert bench.queue(Role.REPORTING).take_used() == []
+        native.decide(number, b"\0\1")
+        native.decide(number, b"\1\1")
+        bench.notify(Role.REPORTING)
+        assert bench.small_gone() == [2]
+
+
+def test_nobody_takes_events() -> None:
+    """The embedder sleeps: each request comes back after the timeout, and nothing was discarded."""
+    with Worker() as worker, Bench(worker=worker) as bench:
+        bench.device.set_release_hook(lambda _: True, timeout=0.02)
+        for page in range(3):
+            bench.driver.report([(bench.base + page * PAGE, PAGE)])
+        assert bench.device.counters.vetoed_bytes == 3 * PAGE
+        assert bench.small_gone() == []
+
+
+def test_an_interrupted_hook_is_a_veto_in_time() -> None:
+    """KeyboardInterrupt goes up to whoever called notify(); the buffer comes back after the timeout."""
+    with Bench() as bench:
+
+        def hook(_: Any) -> None:
+            raise KeyboardInterrupt
+
+        bench.device.set_release_hook(hook, timeout=0.05)
+        head = bench.post_report()
+        with pytest.raises(KeyboardInterrupt):
+            bench.notify(Role.REPORTING)
+        until(lambda: not bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER)
+        assert bench.queue(Role.REPORTING).take_used() == [head]
+        assert bench.small_gone() == []
+        assert bench.device.counters.vetoed_bytes == PAGE
+
+
+# ------------------------------------------------------------------------------------- others go on
+
+
+def test_other_queues_and_other_devices_go_on() -> None:
+    """While one queue waits: deflates, inflates without ranges, and all that another device has to do."""
+    with (
+        Worker() as worker,
+        Bench(worker=worker) as one,
+        Bench(worker=worker) as two,
+        Bench() as apart,
+        Events(worker, one),
+        Gate() as gate,
+    ):
+        one.device.set_release_hook(gate, timeout=PATIENCE)
+        head = one.post_report(3)
+        one.kick(Role.REPORTING)
+        until(gate.inside.is_set)
+        for n in range(50):
+            one.driver.deflate([one.first_page + n])
+            two.driver.report([(two.base + n * PAGE, PAGE)])
+            two.driver.inflate([two.first_page + 100 + n])
+            apart.driver.report([(apart.base + n * PAGE, PAGE)])
+        # The other queue of the device is asked as soon as somebody has time for it.
+        inflated = one.post_pages([one.first_page + 60])
+        one.kick(Role.INFLATE)
+        until(one.native(Role.INFLATE).pending)
+        assert one.small_gone() == []
+        assert one.queue(Role.REPORTING).take_used() == []
+        assert one.device.counters.deflated_bytes == 50 * PAGE
+        gate.open.set()
+        assert one.take(1) == [head]
+        assert one.take(1, Role.INFLATE) == [inflated]
+        assert one.small_gone() == [3, 60]
+        assert two.device.counters.vetoed_bytes == 0
+
+
+def test_notify_of_another_queue_while_one_is_asked() -> None:
+    """Another thread is told to come later for that queue, and serves the others of the device."""
+    with Bench() as bench, Gate() as gate:
+        bench.device.set_release_hook(gate, timeout=PATIENCE)
+        head = bench.post_report(3)
+        with thread(lambda: bench.notify(Role.REPORTING)) as out:
+            until(gate.inside.is_set)
+            bench.driver.deflate([bench.first_page])
+            assert bench.notify(Role.REPORTING) is Effect.NOTIFY_LATER
+            assert bench.native(Role.REPORTING).wait_seconds > 0
+            assert bench.queue(Role.REPORTING).take_used() == []
+            gate.open.set()
+        assert not out[0] & Effect.NOTIFY_LATER
+        assert bench.queue(Role.REPORTING).take_used() == [head]
+        assert bench.small_gone() == [3]
+
+
+# ------------------------------------------------------------------------- what ends it while it is asked
+
+ENDINGS: dict[str, Callable[[Bench, Worker], Any]] = {
+    "detach": lambda bench, worker: worker.wait_detached(bench.native(Role.REPORTING)),
+    "swap": lambda bench, worker: bench.memory.add_fd(bench.file(MIB), MIB, guest_address=BIG_AT),
+    "close": lambda bench, worker: worker.close(),
+    "inhibit": lambda bench, worker: bench.memory.inhibit("a test"),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_what_ends_while_the_hook_is_asked(name: str) -> None:
+    """Under a worker: it ends at once, heads are used once, and a yes that comes then discards nothing."""
+    with Worker() as worker, Recorder() as kernel, Bench(worker=worker) as bench, Gate() as gate:
+        bench.device.set_release_hook(gate, timeout=PATIENCE)
+        head = bench.queue(Role.REPORTING).post([(bench.base + 2 * n * PAGE, PAGE, True) for n in range(4)])
+        native = bench.native(Role.REPORTING)
+        bench.kick(Role.REPORTING)
+        until(native.pending)
+        with thread(lambda: bench.device.on_event("release", native)):
+            until(gate.inside.is_set)
+            ended = ENDINGS[name](bench, worker)
+            if name == "inhibit":
+                gate.open.set()
+            assert bench.take(1) == [head]
+            gate.open.set()
+        assert kernel.calls == []
+        counters = bench.device.counters
+        inhibited = native.counts()["inhibited_bytes"]
+        assert counters.vetoed_bytes + inhibited == 4 * PAGE
+        assert inhibited == (4 * PAGE if name == "inhibit" else 0)
+        assert bench.queue(Role.REPORTING).take_used() == []
+        if name == "inhibit":
+            ended.release()
+        if name == "close":
+            bench.worker = None
+        bench.device.set_release_hook(None)
+        head = bench.post_report(50)
+        if name == "close":
+            bench.notify(Role.REPORTING)
+        elif name == "detach":
+            bench.attach(Role.REPORTING)
+        else:
+            bench.kick(Role.REPORTING)
+        assert bench.take(1) == [head]
+        assert bench.small_gone() == [50]
+
+
+def test_a_queue_that_is_stopped_while_its_hook_is_asked() -> None:
+    """Without a worker, by another thread: notify() comes back, and the ring is not touched any more."""
+    with Bench() as bench, Gate() as gate, Recorder() as kernel:
+        bench.device.set_release_hook(gate, timeout=PATIENCE)
+        head = bench.post_report(3)
+        index = bench.driver.indices[Role.REPORTING]
+        bench.post_report(5)
+        with thread(lambda: bench.notify(Role.REPORTING)) as out:
+            until(gate.inside.is_set)
+            bench.post_report(7)
+            bench.device.stop_queue(index)
+            used = bench.queue(Role.REPORTING).take_used()
+            ring = bench.ram.view(0, bench.base).copy()
+            gate.open.set()
+        assert isinstance(out[0], Effect)
+        assert used[0] == head
+        assert len(used) == 2
+        assert (bench.ram.view(0, bench.base) == ring).all()
+        assert kernel.calls == []
+        assert bench.device.counters.vetoed_bytes == 2 * PAGE
+
+
+def test_a_reset_while_the_hook_is_asked() -> None:
+    """By another thread; and a verdict on what was before it says nothing of what comes after."""
+    with Bench() as bench, Gate() as gate, Recorder() as kernel:
+        bench.device.set_release_hook(gate, timeout=PATIENCE)
+        bench.post_report(3)
+        with thread(lambda: bench.notify(Role.REPORTING)):
+            until(gate.inside.is_set)
+            bench.driver.start(poison=0)
+            head = bench.post_report(9)
+            native = bench.native(Role.REPORTING)
+            assert native.serve()[1] == "wait"
+            waiting = native.pending()
+            gate.open.set()
+        assert native.pending() == waiting
+        assert kernel.calls == []
+        assert bench.queue(Role.REPORTING).take_used() == []
+        bench.device.on_event("release", native)
+        bench.notify(Role.REPORTING)
+        assert bench.queue(Role.REPORTING).take_used() == [head]
+
+
+def test_memory_is_closed_while_the_hook_is_asked() -> None:
+    with Bench() as bench, Gate() as gate, Recorder() as kernel:
+        bench.device.set_release_hook(gate, timeout=PATIENCE)
+        bench.post_report(3)
+        with thread(lambda: bench.notify(Role.REPORTING)) as out:
+            until(gate.inside.is_set)
+            bench.memory.close()
+            gate.open.set()
+        assert out[0] & Effect.NEEDS_RESET
+        assert kernel.calls == []
+
+
+def test_set_and_removed_at_full_load() -> None:
+    """While a worker serves: each page is discarded or vetoed, each head used once, nothing hangs."""
+    with Worker() as worker, Bench(worker=worker, big=MIB) as bench, Events(worker, bench) as events:
+        asked = 0
+
+        def hook(ranges: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            return [n % 2 for n in range(len(ranges))]
+
+        done = threading.Event()
+
+        def guest() -> int:
+            try:
+                for n in range(600):
+                    apart = [(4 * n + 2 * k) % 500 for k in range(4)]
+                    bench.driver.report([(bench.base + page * PAGE, PAGE) for page in apart])
+                    bench.driver.inflate([bench.first_page + 600 + n % 100])
+                    bench.driver.inflate(bench.parts(n % 16))
+                    bench.driver.deflate(bench.parts(n % 16))
+            finally:
+                done.set()
+            return 600
+
+        with thread(guest):
+            turn = 0
+            while not done.is_set():
+                turn += 1
+                bench.device.set_release_hook(hook if turn % 2 else None, timeout=PATIENCE)
+                done.wait(0.002)
+        bench.device.set_release_hook(None)
+        assert asked > 10
+        assert not events.errors
+        counters = bench.device.counters
+        assert counters.reported_bytes == 4 * 600 * PAGE
+        assert counters.inflated_bytes == 600 * 17 * PAGE
+        assert counters.asked_bytes == counters.advised_bytes + counters.vetoed_bytes
+        assert not any(bench.queue(role).posted for role in bench.driver.queues)
+
+
+def test_many_chains_and_many_workers_events() -> None:
+    """Requests of two devices of one worker in turn, all asked by one thread."""
+    with Worker() as worker, Bench(worker=worker) as one, Bench(worker=worker) as two:
+        seen: dict[int, int] = {0: 0, 1: 0}
+
+        def hook(number: int) -> Callable[[Any], None]:
+            def note(ranges: Any) -> None:
+                seen[number] += int(ranges[:, 1].sum())
+
+            return note
+
+        for number, bench in enumerate((one, two)):
+            bench.device.set_release_hook(hook(number), timeout=PATIENCE)
+
+        def reports() -> None:
+            for n in range(200):
+                one.driver.report([(one.base + n * PAGE, PAGE)])
+
+        with Events(worker, one, two), thread(reports):
+            for n in range(200):
+                two.driver.inflate([two.first_page + n])
+        assert seen == {0: 200 * PAGE, 1: 200 * PAGE}
+        assert one.device.counters.advised_bytes == two.device.counters.advised_bytes == 200 * PAGE
