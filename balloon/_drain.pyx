@@ -17,7 +17,8 @@ from libc.stdlib cimport calloc
 from libc.string cimport memcpy
 
 from balloon._fill cimport (
-    RELEASE_ASKED, RELEASE_DECIDED, RELEASE_NONE, NEWS_RELEASE, NEWS_STATS, count_fault, device_t,
+    HINT_COMPLETE, HINT_RUNNING, NEWS_HINTS, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_DECIDED,
+    RELEASE_NONE, count_fault, device_t,
     fill_deflate, fill_inflate, fill_report, queue_t, stats_t,
 )
 from balloon._hints cimport fill_hints
@@ -91,7 +92,8 @@ cdef bint ask_hook(queue_t *q, reclaim_t *r) noexcept nogil:
     q.pending_count = r.count
     q.release = RELEASE_ASKED
     q.release_number += 1
-    q.news |= NEWS_RELEASE
+    q.late_news = q.news & <int>NEWS_HINTS  # a round is not over before its ranges are dealt with
+    q.news = (q.news & ~<int>NEWS_HINTS) | <int>NEWS_RELEASE
     q.due_ns = monotonic_ns() + q.device.hook_timeout_ns
     reclaim_clear(r)  # which the next slice uses, of whatever queue that is
     return True
@@ -130,6 +132,11 @@ cdef void take_back(queue_t *q, reclaim_t *r) noexcept nogil:
     cdef uint64_t start, page
     cdef range_t *last
     q.release = RELEASE_NONE
+    q.news |= q.late_news
+    q.late_news = 0
+    if q.role == ROLE_HINTING and q.device.hints.state not in (HINT_RUNNING, HINT_COMPLETE):
+        veto(q, pending, q.pending_count)  # the round was ended meanwhile: these pages may be in use
+        q.pending_count = 0
     for number in range(q.pending_count):
         page = pending[number].region.page
         if q.role != ROLE_INFLATE or page == <uint64_t>1 << PAGE_SHIFT or not flag_load(&q.device.tells):
@@ -291,6 +298,8 @@ cdef void queue_cut(queue_t *q) noexcept nogil:
         veto(q, <range_t *>q.pending, q.pending_count)
         q.pending_count = 0
         q.release = RELEASE_NONE
+        q.news |= q.late_news
+        q.late_news = 0
     if q.in_chain:
         q.in_chain = False
         q.counters.cut_chains += 1

@@ -104,6 +104,7 @@ ctypedef struct queue_t:
     int first_fault             # FAULT_* that came first
     int first_head              # in the chain with this head, or -1
     int news                    # NEWS_*
+    int late_news               # and what is told when the hook has spoken
     int release                 # RELEASE_*: ranges that wait for the hook
     uint64_t release_number     # counts what the hook was asked
     uint32_t pending_count

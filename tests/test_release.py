@@ -17,6 +17,7 @@ from bench import BIG_AT, KIB, MIB, PAGE, PATIENCE, Bench, Events, Gate, Recorde
 from balloon._worker import Worker
 from balloon.device import Effect
 from balloon.errors import ConfigError, StateError
+from balloon.hinting import HintState
 from balloon.spec import NOTIFY_SLICES, SLICE_BYTES, SLICE_RANGES, Feature, Role
 
 # ------------------------------------------------------------------------- what goes on while it is asked
@@ -748,3 +749,69 @@ def test_many_chains_and_many_workers_events() -> None:
                 two.driver.inflate([two.first_page + n])
         assert seen == {0: 200 * PAGE, 1: 200 * PAGE}
         assert one.device.counters.advised_bytes == two.device.counters.advised_bytes == 200 * PAGE
+
+
+# ---------------------------------------------------------------------------------------------- hints
+
+
+def post_hints(bench: Bench, command: int, pages: range, *, stop: bool) -> list[int]:
+    """A command, a block of pages, and perhaps the STOP at the end: available, without a kick."""
+    queue = bench.queue(Role.HINTING)
+    words = bench.ram.array(bench.base, "<u4", 2)
+    words[:] = command, 0
+    heads = [
+        queue.post([(bench.base, 4, False)]),
+        queue.post([(bench.base + pages.start * PAGE, len(pages) * PAGE, True)]),
+    ]
+    return [*heads, queue.post([(bench.base + 4, 4, False)])] if stop else heads
+
+
+@pytest.mark.parametrize("by_worker", [False, True])
+def test_contract_23_done_is_shown_after_hinted_memory_was_dealt_with(by_worker: bool) -> None:
+    """Commands, hints and STOP in one drain: while the ranges wait for a verdict the round is not over."""
+    with (
+        Worker() as worker,
+        Bench(worker=worker if by_worker else None, extra=[Role.HINTING], hinting=True) as bench,
+    ):
+        shown: list[bytes] = []
+
+        def check(ranges: Any) -> list[bool]:
+            shown.append(bench.device.read_config(8, 4))
+            return [True] * len(ranges)
+
+        started, _ = bench.device.start_hinting("reclaim", dirty_check=check)
+        with Events(worker, bench), Recorder(lambda: shown.append(bench.device.read_config(8, 4))):
+            post_hints(bench, started.id, range(10, 18), stop=True)
+            if by_worker:
+                bench.kick(Role.HINTING)
+            else:
+                bench.notify(Role.HINTING)
+            until(lambda: bench.device.hint_state is HintState.DONE)
+        # When it was asked, and when the kernel was: the driver keeps the pages.
+        assert shown == [started.id.to_bytes(4, "little")] * 2
+        assert bench.device.read_config(8, 4) == (1).to_bytes(4, "little")
+        assert bench.small_gone() == list(range(10, 18))
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_contract_23_a_round_that_is_ended_while_the_hook_is_asked(again: bool, answered: bool) -> None:
+    """DONE, or another id, is shown: the driver uses its pages, whatever the verdict is."""
+    with Bench(extra=[Role.HINTING], hinting=True) as bench, Recorder() as kernel:
+        started, _ = bench.device.start_hinting("reclaim", dirty_check=lambda _: None)
+        heads = post_hints(bench, started.id, range(10, 18), stop=False)
+        native = bench.native(Role.HINTING)
+        assert native.serve()[1] == "wait"
+        waiting = native.pending()
+        assert waiting is not None
+        if answered:
+            native.decide(waiting[0], b"\1")
+        if again:
+            bench.device.start_hinting("reclaim", dirty_check=lambda _: None)
+        else:
+            bench.device.finish_hinting()
+        native.decide(waiting[0], b"\1")
+        bench.notify(Role.HINTING)
+        assert bench.queue(Role.HINTING).take_used() == heads
+        assert kernel.calls == []
+        assert bench.device.counters.vetoed_bytes == 8 * PAGE
