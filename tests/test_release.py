@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from balloon._worker import Worker
 from balloon.device import Effect
 from balloon.errors import ConfigError, StateError
 from balloon.hinting import HintState
-from balloon.spec import NOTIFY_SLICES, SLICE_BYTES, SLICE_RANGES, Feature, Role
+from balloon.spec import NOTIFY_SLICES, SLICE_BYTES, SLICE_RANGES, SLICE_WORK, Feature, Role
 
 # ------------------------------------------------------------------------- what goes on while it is asked
 
@@ -815,3 +816,22 @@ def test_contract_23_a_round_that_is_ended_while_the_hook_is_asked(again: bool, 
         assert bench.queue(Role.HINTING).take_used() == heads
         assert kernel.calls == []
         assert bench.device.counters.vetoed_bytes == 8 * PAGE
+
+
+def test_what_waits_is_looked_at_while_it_is_asked_for_the_first_time() -> None:
+    """A thread that comes too early for the first ranges of a queue waits for the drain, and sees them."""
+    with Worker() as worker:
+        for _ in range(10):
+            with Bench(worker=worker) as bench:
+                bench.device.set_release_hook(lambda _: True, timeout=PATIENCE)
+                native = bench.native(Role.INFLATE)
+                # A slice that takes its time before it asks.
+                head = bench.post_pages([bench.first_page + 200] * (SLICE_WORK - 100), at=bench.base)
+                bench.kick(Role.INFLATE)
+                end = time.monotonic() + PATIENCE
+                while (waiting := native.pending()) is None:
+                    assert time.monotonic() < end
+                assert len(waiting[1]) == 16
+                bench.device.on_event("release", native)
+                assert bench.take(1, Role.INFLATE) == [head]
+                assert bench.small_gone() == [200]
