@@ -1,6 +1,6 @@
-"""The device-normative statements of the virtio standard about requests and rings: B4 to B13 and C1 to C14.
+"""The device-normative statements of the virtio standard about requests and rings: B4, B5, B12, B13 and C1 to C14.
 
-See test_conformance.py, which has the numbering and the items that do not apply, or not yet. Rings are read and
+See test_conformance.py, which has the numbering and the items that do not apply. Rings are read and
 written by numpy in the guest's memory, and what is in memory says mincore(2).
 """
 
