@@ -226,13 +226,14 @@ cdef class DataQueue:
 
     def pending(self):
         """What waits for the hook: (number, native pairs of u64 (guest address, bytes)), or None."""
-        cdef range_t *ranges = <range_t *>self.queue.pending
+        cdef range_t *ranges
         cdef span_t *spans
         cdef uint32_t number
         self.plane.take(10.0)
         try:
             if self.queue.release != RELEASE_ASKED:
                 return None
+            ranges = <range_t *>self.queue.pending  # made at the first need, perhaps just now
             found = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>(self.queue.pending_count * sizeof(span_t)))
             spans = <span_t *><char *>found
             for number in range(self.queue.pending_count):

@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import random
 import struct
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -510,6 +513,40 @@ def test_reporting_off_does_not_keep_hints(how: How) -> None:
 
 
 # --------------------------------------------------------------------------- the end, and what it has to wait for
+
+
+def test_looking_for_what_waits_while_a_drain_is_about_to_ask() -> None:
+    """`pending()` waits for the slice under way, and only then looks where that has laid its ranges."""
+    code = """
+        import numpy as np
+        from balloon import Balloon, GuestMemory, Role
+        from balloon._worker import Worker
+        from balloon.testing import Driver, GuardedRam, GuestRam
+
+        raw = GuardedRam(4 << 20, "private")
+        memory = GuestMemory()
+        memory.add_address(raw.address, 4 << 20, owner=raw)
+        ram = GuestRam([(0, raw.bytes())])
+        ram.array(1 << 20, "<u4", 40000)[:] = 600 + np.arange(40000) % 400
+        with Worker() as worker:
+            for _ in range(50):
+                device = Balloon(memory)
+                driver = Driver(ram, device)
+                device.set_driver_features(driver.features)
+                driver.start_queue(0, Role.INFLATE)
+                device.write_status(15)
+                device.set_release_hook(lambda ranges: None)
+                driver.queues[Role.INFLATE].post([(1 << 20, 160000, False)])
+                worker.attach(device.queue(0), -1)
+                while device.queue(0).pending() is None:
+                    pass
+                worker.wait_detached(device.queue(0))
+                device.write_status(0)
+        print("alive")
+    """
+    command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
 @contextlib.contextmanager
