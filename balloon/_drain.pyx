@@ -22,7 +22,7 @@ from balloon._fill cimport (
 )
 from balloon._hints cimport fill_hints
 from balloon._parts cimport parts_whole
-from balloon._reclaim cimport range_t, reclaim_flush, reclaim_full, reclaim_settle, reclaim_t
+from balloon._reclaim cimport range_t, reclaim_clear, reclaim_flush, reclaim_full, reclaim_settle, reclaim_t
 from balloon._ring cimport split_listen, split_pending, split_pop, split_publish, split_push, split_silence
 from balloon._spec cimport (
     FAULT_NONE, FAULT_STATS_SURPLUS, PAGE_SHIFT, ROLE_DEFLATE, ROLE_HINTING, ROLE_INFLATE, ROLE_REPORTING,
@@ -91,7 +91,7 @@ cdef bint ask_hook(queue_t *q, reclaim_t *r) noexcept nogil:
     q.release_number += 1
     q.news |= NEWS_RELEASE
     q.due_ns = monotonic_ns() + q.device.hook_timeout_ns
-    r.count = 0
+    reclaim_clear(r)  # others are served with it meanwhile
     return True
 
 

@@ -515,6 +515,37 @@ def test_reporting_off_does_not_keep_hints(how: How) -> None:
 # --------------------------------------------------------------------------- the end, and what it has to wait for
 
 
+@pytest.mark.parametrize("other", [Role.REPORTING, Role.HINTING])
+def test_what_waits_for_a_check_does_not_touch_what_others_discard(other: Role) -> None:
+    """While hints wait, a report of parts of pages comes: only whole pages may go, in as few calls as ever."""
+    with rig("worker") as it:
+        gate: list[Any] = []
+        end = time.monotonic() + PATIENCE
+        queue = it.driver.queues[Role.REPORTING]
+        queue.post([(HIGH, 0, True)])
+        it.kick(REPORTS)
+        while not queue.take_used():  # the worker has looked at both queues by now
+            assert time.monotonic() < end
+        begun = it.round(dirty_check=lambda ranges: gate.append(ranges))
+        it.queue.post([*it.word(begun.id), *it.hints(1, 2)])
+        it.kick(pump=False)
+        while it.native.pending() is None:
+            assert time.monotonic() < end
+        if other is Role.REPORTING:
+            head = queue.post(
+                [(it.page(9), 100, True), (it.page(21) - 1, PAGE + 2, True), (it.page(10), PAGE, True)]
+            )
+            it.kick(REPORTS, pump=False)
+            while queue.take_used() != [head]:
+                assert time.monotonic() < end
+            it.expect([10, 21])
+            assert it.device.counters.advised_bytes == 2 * PAGE
+            assert it.device.counters.ranges == 2
+        it.until(lambda: it.queue.used_header[1] == 1)
+        assert len(gate) == 1
+        it.expect([1, 2])
+
+
 def test_looking_for_what_waits_while_a_drain_is_about_to_ask() -> None:
     """`pending()` waits for the slice under way, and only then looks where that has laid its ranges."""
     code = """
