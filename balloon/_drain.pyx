@@ -17,8 +17,8 @@ from libc.stdlib cimport calloc
 from libc.string cimport memcpy
 
 from balloon._fill cimport (
-    RELEASE_ASKED, RELEASE_DECIDED, RELEASE_NONE, NEWS_RELEASE, NEWS_STATS, count_fault, device_t,
-    fill_deflate, fill_inflate, fill_report, queue_t, stats_t,
+    HINT_COMPLETE, HINT_ENDING, NEWS_HINTS, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_DECIDED,
+    RELEASE_NONE, count_fault, device_t, fill_deflate, fill_inflate, fill_report, queue_t, stats_t,
 )
 from balloon._hints cimport fill_hints
 from balloon._parts cimport parts_whole
@@ -172,6 +172,9 @@ cdef void finish(queue_t *q, reclaim_t *r) noexcept nogil:
     """Discard, then publish."""
     cdef uint64_t before = q.reclaimed.advised_bytes
     reclaim_flush(r, &q.reclaimed)
+    if q.role == ROLE_HINTING and q.device.hints.state == HINT_ENDING:
+        q.device.hints.state = HINT_COMPLETE  # now the pages may be the guest's again (B11)
+        q.news |= NEWS_HINTS
     show_used(q)
     if q.device.rate:
         q.device.credit -= <int64_t>(q.reclaimed.advised_bytes - before)

@@ -17,7 +17,8 @@ cdef enum:  # where a hinting round is
     HINT_IDLE = 0       # no hints are wanted
     HINT_REQUESTED = 1  # an id is shown, the driver has not taken it up
     HINT_RUNNING = 2    # the driver sends hints under it
-    HINT_COMPLETE = 3   # the driver has sent all
+    HINT_COMPLETE = 3   # the driver has sent all, and all of it has been dealt with
+    HINT_ENDING = 4     # the driver has sent all, and some of it waits for the kernel or the hook
 
 cdef enum:  # what is not discarded; bits
     KEEP_POISON = 1     # reported and hinted pages: they would not read as poison_val

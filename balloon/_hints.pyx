@@ -9,7 +9,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport realloc
 
 from balloon._fill cimport (
-    HINT_COMPLETE, HINT_REQUESTED, HINT_RUNNING, KEEP_POISON, NEWS_HINTS, add_range, count_fault, enter,
+    HINT_ENDING, HINT_REQUESTED, HINT_RUNNING, KEEP_POISON, NEWS_HINTS, add_range, count_fault, enter,
     find_range, hints_t, leave_descriptor, queue_t, span_t,
 )
 from balloon._memory cimport map_find, region_t
@@ -43,8 +43,7 @@ cdef void end_command(queue_t *q) noexcept nogil:
         h.state = HINT_RUNNING
         q.news |= NEWS_HINTS
     elif h.state == HINT_RUNNING and size == HINT_STOP and h.command == h.id:
-        h.state = HINT_COMPLETE
-        q.news |= NEWS_HINTS
+        h.state = HINT_ENDING  # COMPLETE once what was hinted before is discarded: see finish()
     h.command = <uint32_t>size
     if size == HINT_STOP:
         h.stops += 1

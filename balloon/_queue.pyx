@@ -12,7 +12,8 @@ from libc.string cimport memset
 
 from balloon._drain cimport SLICE_MORE, monotonic_ns, queue_cut, queue_decide, queue_slice
 from balloon._fill cimport (
-    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, queue_t, span_t, stats_t,
+    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE, queue_t,
+    span_t, stats_t,
 )
 from balloon._memory cimport GuestMap, check_process
 from balloon._plane cimport DataPlane
@@ -116,9 +117,7 @@ cdef class DataQueue:
 
     def move(self, GuestMap memory not None):
         """Put the queue on another map, under the lock; it stops with a fault if its ring is not in it."""
-        if self.queue.release == RELEASE_ASKED:  # what waits for the hook lies in the map that goes
-            queue_decide(&self.queue, NULL)
-        self.queue.pending_count = 0
+        self.keep_pending()  # it lies in the map that goes
         try:
             self.ring.move(memory)
         except RingError:
@@ -130,6 +129,11 @@ cdef class DataQueue:
         self.map = memory
         if self.plane.worker is not None and (self.queue.fault or self.queue.release):
             self.plane.worker.poke(self)
+
+    def keep_pending(self):
+        """Discard nothing of what waits for the hook, or has its verdict: under the lock."""
+        if self.queue.release != RELEASE_NONE:
+            queue_decide(&self.queue, NULL)
 
     cdef int check_running(self) except -1:
         check_process(self.plane.generation)

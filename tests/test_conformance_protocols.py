@@ -381,6 +381,17 @@ def test_B11_hinted_pages_are_left_alone_once_done_is_shown(by: str, hold: bool)
     rig.expect()
 
 
+def test_B11_done_is_shown_after_what_was_hinted_is_dealt_with() -> None:
+    """Where somebody has a say in each page, and the driver sends all in one go."""
+    rig = Rig()
+    shown: list[int] = []
+    begun, _ = rig.device.start_hinting("reclaim", dirty_check=lambda ranges: shown.append(rig.shown))
+    rig.send(HINTS, [*rig.command(begun.id), *rig.pages(1, 5), *rig.command(STOP)])
+    assert shown == [begun.id]
+    assert rig.shown == DONE
+    rig.expect(1, 5)
+
+
 @both_orders
 def test_B11_legacy_ids_are_in_guest_order(order: Order) -> None:
     """In what the driver sends; the configuration stays little-endian."""

@@ -515,6 +515,74 @@ def test_reporting_off_does_not_keep_hints(how: How) -> None:
 # --------------------------------------------------------------------------- the end, and what it has to wait for
 
 
+@both_ways
+def test_b11_done_is_shown_after_the_last_discard(how: How) -> None:
+    """Id, hints and STOP in one go, with a dirty check, which takes its time: DONE comes afterwards."""
+    with rig(how) as it:
+        seen: list[Any] = []
+        begun = it.round(dirty_check=lambda ranges: seen.append((it.shown, it.state)))
+        chain = [*it.word(begun.id), *it.hints(1, 3), *it.word(STOP)]
+        head = it.queue.post(chain)
+        it.kick(pump=False)
+        if how == "notify":
+            it.pump()
+        it.until(lambda: it.state is HintState.DONE)
+        assert [shown for shown, _ in seen] == [begun.id]
+        assert it.shown == DONE
+        it.expect([1, 3])
+        assert it.queue.take_used() == [head]
+
+
+@pytest.mark.parametrize("by", ["finish", "another round", "stop", "reset"])
+def test_b11_what_waits_for_a_check_is_kept_when_the_round_ends(by: str) -> None:
+    """The check is asked and the answer is not there: afterwards, none may let the pages go."""
+    with rig("worker") as it:
+        asked: list[str] = []
+        begun = it.round(dirty_check=lambda ranges: asked.append("first"))
+        head = it.queue.post([*it.word(begun.id), *it.hints(1, 2)])
+        it.kick(pump=False)
+        end = time.monotonic() + PATIENCE
+        while it.native.pending() is None:
+            assert time.monotonic() < end
+        native = it.native
+        waiting = native.pending()
+        assert waiting is not None
+        if by == "finish":
+            it.device.finish_hinting()
+        elif by == "another round":
+            it.round()  # at the guest's word
+        else:
+            it.detach()
+            it.device.write_status(0) if by == "reset" else it.device.stop_queue(HINTS)
+        if by in ("finish", "another round"):
+            native.decide(waiting[0], bytes([1]))
+            it.until(lambda: it.queue.used_header[1] == 1)
+        it.pump()
+        it.expect([])
+        assert it.queue.take_used() == [head]
+        assert asked == []
+        assert it.device.counters.vetoed_bytes == 2 * PAGE
+        assert it.shown == {"reset": STOP, "another round": begun.id + 1}.get(by, DONE)
+
+
+@pytest.mark.parametrize("by", ["finish", "another round"])
+def test_b11_a_verdict_that_was_given_does_not_outlive_the_round(by: str) -> None:
+    """The check runs in `notify()`; while it does, another thread ends the round. Then it says yes."""
+    with rig("notify") as it:
+
+        def check(ranges: Any) -> Any:
+            thread = threading.Thread(target=it.device.finish_hinting if by == "finish" else it.round)
+            thread.start()
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+            return True
+
+        begun = it.round(dirty_check=check)
+        it.send([*it.word(begun.id), *it.hints(1, 2)])
+        it.expect([])
+        assert it.shown == (DONE if by == "finish" else begun.id + 1)
+
+
 @pytest.mark.parametrize("other", [Role.REPORTING, Role.HINTING])
 def test_what_waits_for_a_check_does_not_touch_what_others_discard(other: Role) -> None:
     """While hints wait, a report of parts of pages comes: only whole pages may go, in as few calls as ever."""
@@ -742,6 +810,43 @@ def test_rounds_are_not_begun_or_ended_from_inside_a_check() -> None:
 
 
 # --------------------------------------------------------------------------------------- hostile drivers
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_b11_the_pages_are_the_guests_after_done(checked: bool) -> None:
+    """The driver hints without an end, under whatever id is shown; when DONE is shown it writes to its pages."""
+    with rig("worker") as it:
+        stop = threading.Event()
+
+        def drive() -> None:
+            word = it.word(0)[0]
+            while not stop.is_set():
+                if len(it.queue.free) >= 16:
+                    it.ram.array(word[0], "<u4", 1)[0] = it.device._rounds.shown_id
+                    it.queue.post([word, *[(it.page(n), PAGE, True) for n in range(0, 64, 5)]])
+                it.kick(pump=False)
+                it.queue.take_used()
+
+        thread = threading.Thread(target=drive)
+        thread.start()
+        try:
+            view = it.ram.view(it.page(0), 64 * PAGE)
+            for number in range(100):
+                before = it.device.counters.advised_bytes
+                it.round(**({"dirty_check": lambda ranges: True} if checked else {}))
+                it.until(lambda before=before: it.device.counters.advised_bytes > before, "a discard")
+                if number % 3 == 0:
+                    it.round(**({"dirty_check": lambda ranges: True} if checked else {}))
+                it.device.finish_hinting()
+                assert it.shown == DONE
+                view[:] = number % 255 + 1
+                chains = it.device.counters.chains
+                it.until(lambda chains=chains: it.device.counters.chains > chains + 5, "more hints")
+                assert (view == number % 255 + 1).all()
+        finally:
+            stop.set()
+            thread.join()
+        assert not it.native.fault
 
 
 @both_ways
