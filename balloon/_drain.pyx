@@ -198,6 +198,7 @@ cdef void begin_chain(queue_t *q) noexcept nogil:
     q.offset = 0
     q.entered = False
     q.partial_count = 0
+    q.commanded = False
     q.command_bytes = 0
     q.counters.chains += 1
 

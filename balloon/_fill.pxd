@@ -98,7 +98,8 @@ ctypedef struct queue_t:
     uint64_t offset             # byte in it,
     uint32_t partial_count      # bytes of a number that is split over descriptors
     uint8_t partial[4]
-    uint64_t command_bytes      # of a hinting command
+    bint commanded              # a hinting command has begun
+    uint64_t command_bytes      # and has so many bytes by now
     bint notify                 # a used buffer notification is due
     int fault                   # FAULT_* that stopped the queue
     int first_fault             # FAULT_* that came first

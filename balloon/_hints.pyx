@@ -30,6 +30,7 @@ cdef void end_command(queue_t *q) noexcept nogil:
     """The driver's command is complete: an id, or STOP."""
     cdef hints_t *h = &q.device.hints
     cdef uint64_t size = q.command_bytes
+    q.commanded = False
     q.command_bytes = 0
     q.partial_count = 0
     if size != 4:  # whose hints follow is not known
@@ -54,6 +55,7 @@ cdef void read_command(queue_t *q, const desc_t *d) noexcept nogil:
     cdef region_t *region
     cdef uint64_t address
     cdef uint32_t number
+    q.commanded = True
     for number in range(4 if d.length > 4 else d.length):
         address = d.address + number
         region = map_find(q.map, address)
@@ -112,7 +114,7 @@ cdef bint fill_hints(queue_t *q, reclaim_t *r) noexcept nogil:
             leave_descriptor(q)
             continue
         if not q.entered:
-            if q.command_bytes:
+            if q.commanded:
                 end_command(q)
             q.counters.descriptors += 1
             q.counters.hinted_bytes += d.length
@@ -133,6 +135,6 @@ cdef bint fill_hints(queue_t *q, reclaim_t *r) noexcept nogil:
                 piece = add_range(q, r, d.address + q.offset, piece)
             q.offset += piece
         leave_descriptor(q)
-    if q.command_bytes:
+    if q.commanded:
         end_command(q)
     return True

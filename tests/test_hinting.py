@@ -336,6 +336,26 @@ def test_c1_a_command_may_lie_in_two_regions(how: How, before: int) -> None:
 
 
 @both_ways
+@pytest.mark.parametrize("length", [0, 1, 3, 5, 8, 100, 0xFFFFFFFF])
+@pytest.mark.parametrize("running", [False, True])
+def test_a_command_of_another_length_is_counted(how: How, length: int, running: bool) -> None:
+    """Whose hints follow is not known then: they are ignored until the next command."""
+    with rig(how) as it:
+        begun = it.round()
+        if running:
+            it.send(it.word(begun.id))
+        it.send([(it.word(begun.id)[0][0], length, False), *it.hints(1)], it.hints(2))
+        assert it.faults() == {"hint_command": 1}
+        assert it.state is (HintState.RUNNING if running else HintState.REQUESTED)
+        it.send([(it.put(bytes(12)), length, False)])
+        assert it.faults() == {"hint_command": 2}
+        it.expect([])
+        it.send([*it.word(begun.id), *it.hints(3)], it.word(STOP))
+        it.until(lambda: it.state is HintState.DONE)
+        it.expect([3])
+
+
+@both_ways
 @pytest.mark.parametrize(
     ("address", "length"),
     [(HIGH - 1, 4), (HIGH + MIB - 3, 4), (1 << 50, 4), (2**64 - 1, 4), (2**64 - 4, 4), (1 << 50, 0xFFFFFFFF)],
