@@ -226,8 +226,8 @@ class Balloon(VirtioDevice):
             raise ConfigError("the guest may write to hinted pages: give a dirty_check or unsafe_reclaim")
         if self._queue_of(Role.HINTING) is None:
             raise StateError("no hinting queue runs: no FREE_PAGE_HINT, or the driver is not up")
-        self._plane.end_hints()
         started = HintingRound(self._rounds.new_id(self._plane.hint_stops), use, hold, dirty_check)
+        self._plane.end_hints()
         self._rounds.begin(started)
         self._set_hooks()
         self._plane.start_hints(started.id, use == "reclaim")

@@ -346,6 +346,22 @@ def test_B10_stop_is_shown_where_hints_are_of_no_use() -> None:
         without.start_hinting()
 
 
+def test_B11_an_id_comes_again_only_after_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many ids as there are (five, for once), each is new until the driver has sent STOP."""
+    monkeypatch.setattr("balloon.hinting.IDS", 5)
+    rig = Rig()
+    for stops in range(3):
+        ids = [rig.begin() for _ in range(5)]
+        assert len(set(ids)) == 5
+        assert not {STOP, DONE} & set(ids)
+        with pytest.raises(StateError):
+            rig.begin()
+        assert rig.shown == ids[-1]
+        rig.send(HINTS, [*rig.command(ids[-1]), *rig.pages(stops)], rig.command(STOP))
+        assert rig.shown == DONE
+    rig.expect(0, 1, 2)
+
+
 def test_B11_hints_under_another_id_are_ignored() -> None:
     rig = Rig()
     old, new = rig.begin(), rig.begin()

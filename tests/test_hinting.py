@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+import balloon.hinting
 from balloon import Balloon, ConfigError, Effect, Feature, GuestMemory, Role, StateError, Status
 from balloon._queue import DataQueue
 from balloon._worker import Worker
@@ -241,6 +242,24 @@ def test_ids_skip_what_is_reserved_and_wrap() -> None:
         it.send([*it.word(3), *it.hints(2)], it.word(STOP))
         assert it.state is HintState.DONE
         it.expect([2])
+
+
+def test_b11_no_id_is_used_again_before_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were three ids. The round that goes on is not harmed, and the STOP at its end frees them."""
+    monkeypatch.setattr(balloon.hinting, "IDS", 3)
+    with rig("notify") as it:
+        for _ in range(3):
+            begun = it.round()
+        with pytest.raises(StateError, match="STOP"):
+            it.device.start_hinting()
+        assert (it.shown, it.state) == (begun.id, HintState.REQUESTED)
+        it.send([*it.word(begun.id), *it.hints(4)], it.word(STOP))
+        assert (it.shown, it.state) == (DONE, HintState.DONE)
+        it.expect([4])
+        for _ in range(3):
+            it.round()
+        with pytest.raises(StateError, match="STOP"):
+            it.device.start_hinting()
 
 
 @both_ways
