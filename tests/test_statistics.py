@@ -616,3 +616,63 @@ def run_apart(code: str, **environment: str) -> subprocess.CompletedProcess[str]
         timeout=120,
         env=os.environ | environment,
     )
+
+
+def test_asking_a_queue_that_is_being_detached() -> None:
+    """The worker must not keep the slot of a queue that it has given back. Freed memory is scribbled over here.
+
+    While the worker is in a slice of another queue, this one is detached and asked. The next slice of the other
+    one begins after both commands; the slot is freed meanwhile; then that queue ends with a fault.
+    """
+    done = run_apart(
+        """
+        import threading, time
+        from balloon import Balloon, GuestMemory, Role
+        from balloon._worker import Worker
+        from balloon.testing import Driver, GuardedRam, GuestRam, faults
+
+        inside, go = threading.Semaphore(0), threading.Semaphore(0)
+
+        def madvise(*arguments):
+            inside.release()
+            go.acquire(timeout=60)
+            return 0
+
+        raw = GuardedRam(4 << 20)
+        memory = GuestMemory()
+        memory.add_address(raw.address, 4 << 20, owner=raw)
+        device = Balloon(memory, page_poison=False)
+        driver = Driver(GuestRam([(0, raw.bytes())]), device)
+        device.set_driver_features(driver.features)
+        driver.start_queue(2, Role.STATS)
+        driver.start_queue(3, Role.REPORTING)
+        device.write_status(15)
+        driver.queues[Role.STATS].post([(0, 0, False)])
+        report = driver.queues[Role.REPORTING]
+        with faults.system_calls(madvise=madvise, process_madvise=lambda *_: -1):
+            worker = Worker()
+            worker.attach(device.queue(2), -1)
+            while device.stats is None:
+                for kind, queue, _ in worker.take_events():
+                    device.on_event(kind, queue)
+            worker.attach(device.queue(3), -1)
+            report.post([(2 << 20, 4096, True)])
+            worker.poke(device.queue(3))
+            assert inside.acquire(timeout=60)
+            worker.detach(device.queue(2))
+            device.request_stats(0.0)
+            report.post([(3 << 20, 4096, True)])
+            report.make_available(999)
+            go.release()
+            assert inside.acquire(timeout=60)
+            while not any(event[0] == "detached" for event in worker.take_events()):
+                time.sleep(0.001)
+            go.release()
+            while not device.queue(3).fault:
+                time.sleep(0.001)
+            worker.close(60)
+        print("alive")
+        """,
+        PYTHONMALLOC="debug",
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
