@@ -21,6 +21,7 @@ from balloon.errors import ConfigError, GuestError, PayloadError, RingError, Sta
 from balloon.memory import GuestMemory
 from balloon.spec import (
     FAULT_TEXT,
+    NOTIFY_SLICES,
     PAGE_BYTES,
     PAGE_SHIFT,
     REPORTING_CAPACITY,
@@ -367,7 +368,7 @@ class VirtioDevice:
             return Effect.NONE
         failures = queue.failures
         effect = Effect.NONE
-        while True:
+        for _ in range(NOTIFY_SLICES):  # the driver may bring more each time
             notify, outcome, fault, news = queue.serve()
             if notify:
                 effect |= Effect.NOTIFY_USED
@@ -375,6 +376,8 @@ class VirtioDevice:
                 effect |= self.on_event(kind, queue)
             if "release" not in news and "stats" not in news:  # these may have given the queue work
                 break
+        else:
+            outcome = "more"
         if outcome == "more":
             effect |= Effect.NOTIFY_AGAIN
         elif outcome == "wait":

@@ -24,7 +24,7 @@ import pytest
 from balloon import Balloon, Effect, GuestMemory, PayloadError, Role, Status
 from balloon._queue import DataQueue
 from balloon._worker import Worker
-from balloon.spec import STATS, STATS_BYTES_MAX
+from balloon.spec import NOTIFY_SLICES, STATS, STATS_BYTES_MAX
 from balloon.testing import Driver, DriverQueue, GuardedRam, GuestRam
 from balloon.testing.driver import INDIRECT, NEXT, WRITE, Buffer
 
@@ -605,6 +605,36 @@ def test_what_is_read_never_tears() -> None:
         assert not torn
         assert len(seen) > 10
         it.until(lambda: it.arrivals == 20_000)
+
+
+@pytest.mark.parametrize("kind", ["statistics", "reports with a hook"])
+def test_notify_comes_to_an_end_however_much_the_driver_brings(kind: str) -> None:
+    """A driver that brings more whenever it is looked at: NOTIFY_AGAIN, and others have their turn."""
+    with rig("notify", page_poison=False, size=32) as it:
+        rounds = 0
+
+        def more(*_: Any) -> Any:
+            nonlocal rounds
+            rounds += 1
+            assert rounds <= 2 * NOTIFY_SLICES, "it does not come to an end"
+            queue.take_used()
+            queue.post([(it.place, PAGE, kind != "statistics")])
+
+        if kind == "statistics":
+            queue, real = it.queue, it.device._statistics_came
+
+            def came(native: DataQueue) -> Effect:
+                more()
+                return real(native)
+
+            it.device._statistics_came = came  # type: ignore[method-assign]
+        else:
+            it.driver.start_queue(3, Role.REPORTING)
+            queue = it.driver.queues[Role.REPORTING]
+            it.device.set_release_hook(more)
+        it.place = it.driver.end_of_rings
+        queue.post([(it.place, PAGE, kind != "statistics")])
+        assert it.device.notify(2 if kind == "statistics" else 3) & Effect.NOTIFY_AGAIN
 
 
 def run_apart(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
