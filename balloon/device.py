@@ -161,7 +161,7 @@ class Balloon(VirtioDevice):
         request = self._stats.request(now, timeout)
         queue = self._queue_of(Role.STATS)
         effect = Effect.NONE
-        if queue is not None and self._ask_for_statistics(queue) and queue.worker is None:
+        if queue is not None and self._ask_for_statistics(queue) and self._plane.worker is None:
             effect = self.notify(queue.index)
         return request, effect
 

@@ -445,6 +445,29 @@ def test_requests_while_one_is_on_its_way(how: How) -> None:
         assert it.native.holds_statistics
 
 
+@pytest.mark.parametrize("with_stats", [False, True])
+def test_a_request_while_a_worker_owns_other_queues(with_stats: bool) -> None:
+    """A device whose queues are attached one by one: the statistics queue comes last, and answers then."""
+    with rig("notify") as it, Worker() as worker:
+        head = it.bring(b"")
+        it.driver.start_queue(0, Role.INFLATE)
+        worker.attach(it.device.queue(0), -1)
+        if with_stats:
+            worker.attach(it.native, -1)
+        request, effect = it.device.request_stats(0.0)
+        assert effect is Effect.NONE
+        if not with_stats:
+            worker.attach(it.native, -1)
+        end = time.monotonic() + PATIENCE
+        while it.back() != [head]:
+            assert time.monotonic() < end
+            time.sleep(0.0002)
+        it.worker = worker
+        it.bring(entries((4, 3)))
+        it.until(lambda: it.device.stats is not None and it.device.stats.token == request.token)
+        it.worker = None
+
+
 @both_ways
 def test_a_reset_in_the_middle_of_a_request(how: How) -> None:
     """The buffer is nobody's any more; the request goes on, and the next driver answers it."""
