@@ -35,6 +35,7 @@ cdef bint fill_stats(queue_t *q, reclaim_t *r) noexcept nogil:
     cdef uint64_t total = 0
     cdef uint64_t done, piece, address
     cdef uint32_t number
+    cdef bint cut = False  # a part is not in memory: what comes behind it would be read as other entries
     cdef timespec now
     flag_store(&s.version, s.version + 1)
     full_fence()
@@ -45,12 +46,13 @@ cdef bint fill_stats(queue_t *q, reclaim_t *r) noexcept nogil:
             continue
         total += d.length
         done = 0
-        while done < d.length and s.size < STATS_BYTES_MAX:
+        while not cut and done < d.length and s.size < STATS_BYTES_MAX:
             address = d.address + done
             region = map_find(q.map, address)
             if region == NULL or region.guest > address:
                 count_fault(q, FAULT_OUTSIDE_MEMORY)
                 q.counters.outside_bytes += d.length - done
+                cut = True
                 break
             piece = region.size - (address - region.guest)
             if piece > d.length - done:

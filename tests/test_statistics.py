@@ -315,6 +315,21 @@ def test_a_payload_outside_memory_is_an_answer_without_values(
 
 
 @both_ways
+def test_reading_ends_where_memory_does(how: How) -> None:
+    """What lies behind a part that is not there would be read as other entries: it is left out."""
+    with rig(how) as it:
+        first, last = entries((4, 1)), entries((6, 0x0006_0006_0006_0006))
+        it.put(last[:5], RAM - 5)
+        head = it.post([
+            (it.put(first), 10, False), (RAM - 5, 10, False), (it.put(last), 10, False), (RAM, 10, False)
+        ])  # fmt: skip
+        assert it.bytes() == first + last[:5]
+        assert it.faults() == {"outside_memory": 1}
+        it.ask()
+        it.until(lambda: it.back() == [head])
+
+
+@both_ways
 @pytest.mark.parametrize("wrong", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
 def test_a_writable_descriptor_is_not_read(how: How, wrong: tuple[int, ...]) -> None:
     """C3: it costs itself, and the buffer is held and used like any other."""
