@@ -59,6 +59,7 @@ ctypedef struct stats_t:        # the statistics queue: one buffer of the guest'
     int64_t time_ns             # CLOCK_REALTIME of the last one
     uint32_t size
     uint8_t bytes[STATS_BYTES_MAX]
+    uint8_t incoming[STATS_BYTES_MAX]  # what is being read: guest memory may be slow to come, or gone
 
 ctypedef struct hints_t:        # the hinting round of a device; changed under its lock
     uint32_t id                 # the command id that is shown

@@ -31,6 +31,9 @@ cdef extern from "_atomics.h" nogil:
     void flag_store(int *p, int v)
     void full_fence()
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 
 OUTCOMES = ("idle", "more", "fault", "wait")  # SLICE_*
 NEWS = (
@@ -214,6 +217,7 @@ cdef class DataQueue:
             tries += 1
             version = flag_load(&s.version)
             if version & 1:
+                sched_yield()
                 continue
             seen = s[0]
             full_fence()
@@ -221,7 +225,7 @@ cdef class DataQueue:
                 if seen.arrivals == 0:
                     return None
                 return PyBytes_FromStringAndSize(<char *>seen.bytes, seen.size), seen.time_ns, seen.arrivals
-        return None  # a queue that met its end in the middle of a buffer
+        return None  # the guest brings buffers faster than they can be looked at
 
     @property
     def holds_statistics(self):

@@ -744,3 +744,43 @@ def test_asking_a_queue_that_is_being_detached() -> None:
         PYTHONMALLOC="debug",
     )
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
+def test_a_payload_that_is_gone_leaves_the_last_one_readable() -> None:
+    """SIGBUS in the middle of a read parks the queue; what came before can still be had."""
+    done = run_apart(
+        """
+        import os, time
+        from balloon import Balloon, GuestMemory
+        from balloon._worker import Worker
+        from balloon.spec import Fault, Role
+        from balloon.testing import Driver, GuestRam
+
+        memfd = os.memfd_create("ram")
+        os.ftruncate(memfd, 1 << 20)
+        memory = GuestMemory()
+        memory.add_fd(memfd, 1 << 20)
+        ram = GuestRam.of(memory)
+        device = Balloon(memory)
+        driver = Driver(ram, device, queue_size=16)
+        device.set_driver_features(driver.features)
+        driver.start_queue(2, Role.STATS)
+        device.write_status(15)
+        stats, ring = device.queue(2), driver.queues[Role.STATS]
+        ram.view(0x80000 - 100, 100)[:] = 7
+        with Worker(survive_sigbus=True) as worker:
+            worker.attach(stats, -1)
+            ring.post([(0x80000 - 100, 50, False)])
+            worker.poke(stats)
+            while stats.statistics() is None:
+                time.sleep(0.001)
+            os.ftruncate(memfd, 0x80000)
+            ring.post([(0x80000 - 100, 200, False)])
+            worker.poke(stats)
+            until = time.monotonic() + 60
+            while stats.fault is Fault.NONE and time.monotonic() < until:
+                time.sleep(0.001)
+            print(stats.fault.name, stats.statistics()[0] == bytes([7] * 50))
+        """
+    )
+    assert (done.returncode, done.stdout) == (0, "BUS_ERROR True\n"), done.stderr
