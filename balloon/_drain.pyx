@@ -17,15 +17,12 @@ from libc.stdlib cimport calloc
 from libc.string cimport memcpy
 
 from balloon._fill cimport (
-    HINT_COMPLETE, HINT_RUNNING, NEWS_HINTS, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_DECIDED,
-    RELEASE_NONE, count_fault, device_t,
-    fill_deflate, fill_inflate, fill_report, queue_t, stats_t,
+    HINT_COMPLETE, HINT_ENDING, NEWS_HINTS, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_DECIDED,
+    RELEASE_NONE, count_fault, device_t, fill_deflate, fill_inflate, fill_report, queue_t, stats_t,
 )
 from balloon._hints cimport fill_hints
 from balloon._parts cimport parts_forget, parts_whole
-from balloon._reclaim cimport (
-    range_t, reclaim_clear, reclaim_flush, reclaim_full, reclaim_settle, reclaim_t,
-)
+from balloon._reclaim cimport range_t, reclaim_clear, reclaim_flush, reclaim_full, reclaim_settle, reclaim_t
 from balloon._ring cimport split_listen, split_pending, split_pop, split_publish, split_push, split_silence
 from balloon._spec cimport (
     FAULT_AVAILABLE_AHEAD, FAULT_HEAD_RANGE, FAULT_NONE, FAULT_STATS_SURPLUS, PAGE_SHIFT, ROLE_DEFLATE,
@@ -92,10 +89,9 @@ cdef bint ask_hook(queue_t *q, reclaim_t *r) noexcept nogil:
     q.pending_count = r.count
     q.release = RELEASE_ASKED
     q.release_number += 1
-    q.late_news = q.news & <int>NEWS_HINTS  # a round is not over before its ranges are dealt with
-    q.news = (q.news & ~<int>NEWS_HINTS) | <int>NEWS_RELEASE
+    q.news |= NEWS_RELEASE
     q.due_ns = monotonic_ns() + q.device.hook_timeout_ns
-    reclaim_clear(r)  # which the next slice uses, of whatever queue that is
+    reclaim_clear(r)  # others are served with it meanwhile
     return True
 
 
@@ -132,11 +128,6 @@ cdef void take_back(queue_t *q, reclaim_t *r) noexcept nogil:
     cdef uint64_t start, page
     cdef range_t *last
     q.release = RELEASE_NONE
-    q.news |= q.late_news
-    q.late_news = 0
-    if q.role == ROLE_HINTING and q.device.hints.state not in (HINT_RUNNING, HINT_COMPLETE):
-        veto(q, pending, q.pending_count)  # the round was ended meanwhile: these pages may be in use
-        q.pending_count = 0
     for number in range(q.pending_count):
         page = pending[number].region.page
         if q.role != ROLE_INFLATE or page == <uint64_t>1 << PAGE_SHIFT or not flag_load(&q.device.tells):
@@ -185,6 +176,9 @@ cdef void finish(queue_t *q, reclaim_t *r) noexcept nogil:
     """Discard, then publish."""
     cdef uint64_t before = q.reclaimed.advised_bytes
     reclaim_flush(r, &q.reclaimed)
+    if q.role == ROLE_HINTING and q.device.hints.state == HINT_ENDING:
+        q.device.hints.state = HINT_COMPLETE  # now the pages may be the guest's again (B11)
+        q.news |= NEWS_HINTS
     show_used(q)
     if q.device.rate:
         q.device.credit -= <int64_t>(q.reclaimed.advised_bytes - before)
@@ -208,6 +202,7 @@ cdef void begin_chain(queue_t *q) noexcept nogil:
     q.offset = 0
     q.entered = False
     q.partial_count = 0
+    q.commanded = False
     q.command_bytes = 0
     q.counters.chains += 1
 
@@ -298,8 +293,6 @@ cdef void queue_cut(queue_t *q) noexcept nogil:
         veto(q, <range_t *>q.pending, q.pending_count)
         q.pending_count = 0
         q.release = RELEASE_NONE
-        q.news |= q.late_news
-        q.late_news = 0
     if q.in_chain:
         q.in_chain = False
         q.counters.cut_chains += 1

@@ -17,7 +17,8 @@ cdef enum:  # where a hinting round is
     HINT_IDLE = 0       # no hints are wanted
     HINT_REQUESTED = 1  # an id is shown, the driver has not taken it up
     HINT_RUNNING = 2    # the driver sends hints under it
-    HINT_COMPLETE = 3   # the driver has sent all
+    HINT_COMPLETE = 3   # the driver has sent all, and all of it has been dealt with
+    HINT_ENDING = 4     # the driver has sent all, and some of it waits for the kernel or the hook
 
 cdef enum:  # what is not discarded; bits
     KEEP_POISON = 1     # reported and hinted pages: they would not read as poison_val
@@ -58,6 +59,7 @@ ctypedef struct stats_t:        # the statistics queue: one buffer of the guest'
     int64_t time_ns             # CLOCK_REALTIME of the last one
     uint32_t size
     uint8_t bytes[STATS_BYTES_MAX]
+    uint8_t incoming[STATS_BYTES_MAX]  # what is being read: guest memory may be slow to come, or gone
 
 ctypedef struct hints_t:        # the hinting round of a device; changed under its lock
     uint32_t id                 # the command id that is shown
@@ -98,13 +100,13 @@ ctypedef struct queue_t:
     uint64_t offset             # byte in it,
     uint32_t partial_count      # bytes of a number that is split over descriptors
     uint8_t partial[4]
-    uint64_t command_bytes      # of a hinting command
+    bint commanded              # a hinting command has begun
+    uint64_t command_bytes      # and has so many bytes by now
     bint notify                 # a used buffer notification is due
     int fault                   # FAULT_* that stopped the queue
     int first_fault             # FAULT_* that came first
     int first_head              # in the chain with this head, or -1
     int news                    # NEWS_*
-    int late_news               # and what is told when the hook has spoken
     int release                 # RELEASE_*: ranges that wait for the hook
     uint64_t release_number     # counts what the hook was asked
     uint32_t pending_count

@@ -9,8 +9,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport realloc
 
 from balloon._fill cimport (
-    HINT_COMPLETE, HINT_REQUESTED, HINT_RUNNING, KEEP_POISON, NEWS_HINTS, add_range, count_fault, enter, find_range,
-    hints_t, leave_descriptor, queue_t, span_t,
+    HINT_ENDING, HINT_REQUESTED, HINT_RUNNING, KEEP_POISON, NEWS_HINTS, add_range, count_fault, enter,
+    find_range, hints_t, leave_descriptor, queue_t, span_t,
 )
 from balloon._memory cimport map_find, region_t
 from balloon._reclaim cimport reclaim_full, reclaim_t
@@ -30,6 +30,7 @@ cdef void end_command(queue_t *q) noexcept nogil:
     """The driver's command is complete: an id, or STOP."""
     cdef hints_t *h = &q.device.hints
     cdef uint64_t size = q.command_bytes
+    q.commanded = False
     q.command_bytes = 0
     q.partial_count = 0
     if size != 4:  # whose hints follow is not known
@@ -43,8 +44,7 @@ cdef void end_command(queue_t *q) noexcept nogil:
         h.state = HINT_RUNNING
         q.news |= NEWS_HINTS
     elif h.state == HINT_RUNNING and size == HINT_STOP and h.command == h.id:
-        h.state = HINT_COMPLETE
-        q.news |= NEWS_HINTS
+        h.state = HINT_ENDING  # COMPLETE once what was hinted before is discarded: see finish()
     h.command = <uint32_t>size
     if size == HINT_STOP:
         h.stops += 1
@@ -55,6 +55,7 @@ cdef void read_command(queue_t *q, const desc_t *d) noexcept nogil:
     cdef region_t *region
     cdef uint64_t address
     cdef uint32_t number
+    q.commanded = True
     for number in range(4 if d.length > 4 else d.length):
         address = d.address + number
         region = map_find(q.map, address)
@@ -69,7 +70,7 @@ cdef void read_command(queue_t *q, const desc_t *d) noexcept nogil:
 
 
 cdef void keep_hint(queue_t *q, uint64_t address, uint64_t size) noexcept nogil:
-    """Note a hinted range for whoever collects them; one that goes on where the last one ends is one with it."""
+    """Note a hinted range for whoever collects them; what goes on where the last one ends is one with it."""
     cdef hints_t *h = &q.device.hints
     cdef span_t *last
     cdef span_t *grown
@@ -113,7 +114,7 @@ cdef bint fill_hints(queue_t *q, reclaim_t *r) noexcept nogil:
             leave_descriptor(q)
             continue
         if not q.entered:
-            if q.command_bytes:
+            if q.commanded:
                 end_command(q)
             q.counters.descriptors += 1
             q.counters.hinted_bytes += d.length
@@ -134,6 +135,6 @@ cdef bint fill_hints(queue_t *q, reclaim_t *r) noexcept nogil:
                 piece = add_range(q, r, d.address + q.offset, piece)
             q.offset += piece
         leave_descriptor(q)
-    if q.command_bytes:
+    if q.commanded:
         end_command(q)
     return True

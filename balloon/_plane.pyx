@@ -15,14 +15,16 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from balloon._drain cimport monotonic_ns
-from balloon._fill cimport HINT_IDLE, HINT_REQUESTED, KEEP_POISON, KEEP_REPORTS, span_t
+from balloon._fill cimport (
+    HINT_ENDING, HINT_IDLE, HINT_REQUESTED, HINT_RUNNING, KEEP_POISON, KEEP_REPORTS, span_t,
+)
 from balloon._memory cimport GuestMap, check_process, process_generation
 from balloon._parts cimport PartsTable
 from balloon._pthread cimport (
     CLOCK_REALTIME, clock_gettime, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_timedlock,
     pthread_mutex_unlock, timespec,
 )
-from balloon._spec cimport HINT_STOP
+from balloon._spec cimport HINT_STOP, ROLE_HINTING
 
 import threading
 
@@ -87,7 +89,7 @@ cdef class DataPlane:
 
     @property
     def keep_reported(self):
-        """Whether reported and hinted pages keep their content: a discard would not leave `poison_val` (B12)."""
+        """Whether reported and hinted pages stay: a discard would not leave `poison_val` in them (B12)."""
         return bool(flag_load(&self.device.keep) & KEEP_POISON)
 
     @keep_reported.setter
@@ -179,13 +181,21 @@ cdef class DataPlane:
         :raise StateError: a drain did not end in time, or this is inside a hook.
         """
         self.take(timeout)
-        self.device.hints.state = HINT_IDLE
-        self.release()
+        try:
+            self.device.hints.state = HINT_IDLE
+            for queue in self.queues.values():
+                if queue.role == ROLE_HINTING:
+                    queue.keep_pending()
+                    if self.worker is not None:
+                        self.worker.poke(queue)
+        finally:
+            self.release()
 
     @property
     def hint_state(self):
-        """Where the hinting round is: HINT_* of `_fill.pxd`."""
-        return self.device.hints.state
+        """Where the hinting round is: HINT_* of `_fill.pxd` up to HINT_COMPLETE."""
+        cdef int state = self.device.hints.state
+        return <int>HINT_RUNNING if state == HINT_ENDING else state
 
     @property
     def hint_stops(self):

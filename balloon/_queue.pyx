@@ -12,8 +12,8 @@ from libc.string cimport memset
 
 from balloon._drain cimport SLICE_MORE, monotonic_ns, queue_cut, queue_decide, queue_slice
 from balloon._fill cimport (
-    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE,
-    queue_t, span_t, stats_t,
+    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE, queue_t,
+    span_t, stats_t,
 )
 from balloon._memory cimport GuestMap, check_process
 from balloon._plane cimport DataPlane
@@ -30,6 +30,9 @@ cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
     void full_fence()
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
 
 
 OUTCOMES = ("idle", "more", "fault", "wait")  # SLICE_*
@@ -122,8 +125,7 @@ cdef class DataQueue:
 
     def move(self, GuestMap memory not None):
         """Put the queue on another map, under the lock; it stops with a fault if its ring is not in it."""
-        if self.queue.release != RELEASE_NONE:  # these ranges lie in the map that goes
-            queue_decide(&self.queue, NULL)
+        self.keep_pending()  # it lies in the map that goes
         try:
             self.ring.move(memory)
         except RingError:
@@ -135,6 +137,11 @@ cdef class DataQueue:
         self.map = memory
         if self.plane.worker is not None and (self.queue.fault or self.queue.release):
             self.plane.worker.poke(self)
+
+    def keep_pending(self):
+        """Discard nothing of what waits for the hook, or has its verdict: under the lock."""
+        if self.queue.release != RELEASE_NONE:
+            queue_decide(&self.queue, NULL)
 
     cdef int check_running(self) except -1:
         check_process(self.plane.generation)
@@ -185,7 +192,8 @@ cdef class DataQueue:
                 slices += 1
                 if status != SLICE_MORE or slices == NOTIFY_SLICES or flag_load(&self.plane.waiting):
                     break
-        outcome = bool(self.queue.notify), OUTCOMES[status], Fault(self.queue.fault), name_news(self.queue.news)
+        news = name_news(self.queue.news)
+        outcome = bool(self.queue.notify), OUTCOMES[status], Fault(self.queue.fault), news
         self.queue.notify = False
         self.queue.news = 0
         self.plane.release()
@@ -214,6 +222,7 @@ cdef class DataQueue:
             tries += 1
             version = flag_load(&s.version)
             if version & 1:
+                sched_yield()
                 continue
             seen = s[0]
             full_fence()
@@ -221,7 +230,7 @@ cdef class DataQueue:
                 if seen.arrivals == 0:
                     return None
                 return PyBytes_FromStringAndSize(<char *>seen.bytes, seen.size), seen.time_ns, seen.arrivals
-        return None  # a queue that met its end in the middle of a buffer
+        return None  # the guest brings buffers faster than they can be looked at
 
     @property
     def holds_statistics(self):
@@ -237,7 +246,7 @@ cdef class DataQueue:
         try:
             if self.queue.release != RELEASE_ASKED:
                 return None
-            ranges = <range_t *>self.queue.pending  # which the drain makes when it asks for the first time
+            ranges = <range_t *>self.queue.pending  # made at the first need, perhaps just now
             found = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>(self.queue.pending_count * sizeof(span_t)))
             spans = <span_t *><char *>found
             for number in range(self.queue.pending_count):

@@ -35,34 +35,38 @@ cdef bint fill_stats(queue_t *q, reclaim_t *r) noexcept nogil:
     cdef uint64_t total = 0
     cdef uint64_t done, piece, address
     cdef uint32_t number
+    cdef uint32_t size = 0
+    cdef bint cut = False  # a part is not in memory: what comes behind it would be read as other entries
     cdef timespec now
-    flag_store(&s.version, s.version + 1)
-    full_fence()
-    s.size = 0
     for number in range(q.ring.chain_length):
         d = &q.ring.chain[number]
         if not enter_descriptor(q, d, 0):
             continue
         total += d.length
         done = 0
-        while done < d.length and s.size < STATS_BYTES_MAX:
+        while not cut and done < d.length and size < STATS_BYTES_MAX:
             address = d.address + done
             region = map_find(q.map, address)
             if region == NULL or region.guest > address:
                 count_fault(q, FAULT_OUTSIDE_MEMORY)
                 q.counters.outside_bytes += d.length - done
+                cut = True
                 break
             piece = region.size - (address - region.guest)
             if piece > d.length - done:
                 piece = d.length - done
-            if piece > STATS_BYTES_MAX - s.size:
-                piece = STATS_BYTES_MAX - s.size
-            memcpy(&s.bytes[s.size], region.host + (address - region.guest), piece)
-            s.size += <uint32_t>piece
+            if piece > STATS_BYTES_MAX - size:
+                piece = STATS_BYTES_MAX - size
+            memcpy(&s.incoming[size], region.host + (address - region.guest), piece)
+            size += <uint32_t>piece
             done += piece
     if total % 10 or total > STATS_BYTES_MAX:
         count_fault(q, FAULT_STATS_LENGTH)
     clock_gettime(CLOCK_REALTIME, &now)
+    flag_store(&s.version, s.version + 1)
+    full_fence()
+    memcpy(s.bytes, s.incoming, size)
+    s.size = size
     s.time_ns = <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
     s.arrivals += 1
     full_fence()

@@ -218,11 +218,11 @@ cdef class Worker:
         return queue.worker
 
     def poke(self, DataQueue queue not None):
-        """Look at a queue as if it had been kicked; nothing if it is not attached here."""
+        """Look at a queue as if it had been kicked; nothing if it is not attached here, or on its way out."""
         cdef _Attachment attachment
         if queue.worker is not None and self.thread is not None:
             attachment = self.attachment_of(queue)
-            if not attachment.token:  # else its slot may be gone by the time that the command is read
+            if not attachment.token:  # its slot may be gone before a command that comes after the detach
                 self.post(COMMAND_POKE, attachment)
 
     def set_call(self, DataQueue queue not None, int call_fd):

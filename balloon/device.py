@@ -161,7 +161,7 @@ class Balloon(VirtioDevice):
         request = self._stats.request(now, timeout)
         queue = self._queue_of(Role.STATS)
         effect = Effect.NONE
-        if queue is not None and self._ask_for_statistics(queue) and queue.worker is None:
+        if queue is not None and self._ask_for_statistics(queue) and self._plane.worker is None:
             effect = self.notify(queue.index)
         return request, effect
 
@@ -226,8 +226,8 @@ class Balloon(VirtioDevice):
             raise ConfigError("the guest may write to hinted pages: give a dirty_check or unsafe_reclaim")
         if self._queue_of(Role.HINTING) is None:
             raise StateError("no hinting queue runs: no FREE_PAGE_HINT, or the driver is not up")
-        self._plane.end_hints()
         started = HintingRound(self._rounds.new_id(self._plane.hint_stops), use, hold, dirty_check)
+        self._plane.end_hints()
         self._rounds.begin(started)
         self._set_hooks()
         self._plane.start_hints(started.id, use == "reclaim")

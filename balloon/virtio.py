@@ -370,7 +370,7 @@ class VirtioDevice:
             return Effect.NONE
         failures = queue.failures
         effect = Effect.NONE
-        for _ in range(NOTIFY_SLICES):
+        for _ in range(NOTIFY_SLICES):  # the driver may bring more each time
             notify, outcome, fault, news = queue.serve()
             if notify:
                 effect |= Effect.NOTIFY_USED
