@@ -9,8 +9,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport realloc
 
 from balloon._fill cimport (
-    HINT_COMPLETE, HINT_REQUESTED, HINT_RUNNING, KEEP_POISON, NEWS_HINTS, add_range, count_fault, enter, find_range,
-    hints_t, leave_descriptor, queue_t, span_t,
+    HINT_COMPLETE, HINT_REQUESTED, HINT_RUNNING, KEEP_POISON, NEWS_HINTS, add_range, count_fault, enter,
+    find_range, hints_t, leave_descriptor, queue_t, span_t,
 )
 from balloon._memory cimport map_find, region_t
 from balloon._reclaim cimport reclaim_full, reclaim_t
@@ -69,7 +69,7 @@ cdef void read_command(queue_t *q, const desc_t *d) noexcept nogil:
 
 
 cdef void keep_hint(queue_t *q, uint64_t address, uint64_t size) noexcept nogil:
-    """Note a hinted range for whoever collects them; one that goes on where the last one ends is one with it."""
+    """Note a hinted range for whoever collects them; what goes on where the last one ends is one with it."""
     cdef hints_t *h = &q.device.hints
     cdef span_t *last
     cdef span_t *grown

@@ -82,7 +82,7 @@ cdef class DataPlane:
 
     @property
     def keep_reported(self):
-        """Whether reported and hinted pages keep their content: a discard would not leave `poison_val` (B12)."""
+        """Whether reported and hinted pages stay: a discard would not leave `poison_val` in them (B12)."""
         return bool(flag_load(&self.device.keep) & KEEP_POISON)
 
     @keep_reported.setter

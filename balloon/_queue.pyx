@@ -180,7 +180,8 @@ cdef class DataQueue:
                 slices += 1
                 if status != SLICE_MORE or slices == NOTIFY_SLICES or flag_load(&self.plane.waiting):
                     break
-        outcome = bool(self.queue.notify), OUTCOMES[status], Fault(self.queue.fault), name_news(self.queue.news)
+        news = name_news(self.queue.news)
+        outcome = bool(self.queue.notify), OUTCOMES[status], Fault(self.queue.fault), news
         self.queue.notify = False
         self.queue.news = 0
         self.plane.release()

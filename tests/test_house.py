@@ -261,6 +261,15 @@ def test_every_import_goes_down() -> None:
     assert not faults, "\n".join(faults)
 
 
+def test_the_readers_table_of_floors_is_this_one() -> None:
+    rows = re.findall(r"^\| (\d+) \| (`.*?`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    told = {
+        int(floor): [re.split(r"[./]", name)[0] for name in re.findall(r"`(.+?)`", names)]
+        for floor, names in rows
+    }
+    assert told == {floor: list(row) for floor, row in enumerate(ROOMS)}
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
