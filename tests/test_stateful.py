@@ -158,9 +158,11 @@ class Machine(RuleBasedStateMachine):
         """The buffer that is held goes back to the driver, once."""
         if not self.has(Role.STATS, 0):
             return
+        queue = self.driver.queues[Role.STATS]
+        queue.take_used()  # a request from before a reset has asked with the first buffer after it
         held = self.device.queue(self.driver.indices[Role.STATS]).holds_statistics
         request, _ = self.device.request_stats(0.0)
-        assert len(self.driver.queues[Role.STATS].take_used()) == held
+        assert len(queue.take_used()) == held
         if not held:
             self.device.cancel_stats(request.token)
 
@@ -232,6 +234,8 @@ class Machine(RuleBasedStateMachine):
         if role not in self.driver.queues or any(self.pending.values()):
             return
         queue = self.driver.queues[role]
+        if role is Role.STATS:
+            queue.take_used()  # the device may have asked
         slot = head % SIZE
         if head >= SIZE:
             queue.make_available(head)
