@@ -129,7 +129,7 @@ cdef void take_back(queue_t *q, reclaim_t *r) noexcept nogil:
     q.release = RELEASE_NONE
     for number in range(q.pending_count):
         page = pending[number].region.page
-        if q.role != ROLE_INFLATE or page == <uint64_t>1 << PAGE_SHIFT:
+        if q.role != ROLE_INFLATE or page == <uint64_t>1 << PAGE_SHIFT or not flag_load(&q.device.tells):
             r.ranges[r.count] = pending[number]
             r.count += 1
             continue

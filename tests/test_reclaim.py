@@ -726,6 +726,23 @@ def test_a_huge_page_goes_whole_or_not_at_all(
         assert ram.device.counters.advised_bytes == len(gone) * HUGE
 
 
+@pytest.mark.parametrize("tells", [True, False], ids=["MUST_TELL_HOST", "without"])
+def test_a_huge_page_that_the_hook_lets_go_goes(
+    tells: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Contract 9: the hook is asked while the request is open; that must not make the page incomplete."""
+    without = 0 if tells else int(Feature.MUST_TELL_HOST)
+    with guest_ram("hugetlb memfd as an fd", tmp_path, request, without=without) as ram:
+        asked: list[Any] = []
+        ram.device.set_release_hook(lambda ranges: asked.append(ranges.tolist()))
+        for unit in (3, 6):
+            post_pages(ram.driver, range(ram.at(unit) // PAGE, ram.at(unit + 1) // PAGE))
+            ram.driver.kick(Role.INFLATE, always=True)
+        assert asked == [[[ram.at(3), HUGE]], [[ram.at(6), HUGE]]]
+        ram.assert_content({3, 6})
+        assert ram.device.counters.clipped_bytes == 0
+
+
 @pytest.mark.parametrize("name", HUGE_NAMES)
 def test_contract_7_a_deflated_part_keeps_its_huge_page(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
