@@ -178,6 +178,35 @@ def test_A1_nothing_is_consumed_before_driver_ok(memory: GuestMemory) -> None:
     assert len(queue.take_used()) == 1
 
 
+def test_a_kick_before_driver_ok_is_remembered(memory: GuestMemory) -> None:
+    """Linux posts its first statistics buffer, kicks, and sets DRIVER_OK then: no other kick comes for it."""
+    device = Balloon(memory)
+    accepted = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
+
+    def all_but_driver_ok() -> Driver:
+        device.write_status(0)
+        device.set_driver_features(device.device_features)
+        device.write_status(accepted)
+        driver = Driver(GuestRam.of(memory), device)
+        for index in range(4):
+            role = device.role(index)
+            assert role is not None
+            driver.start_queue(index, role)
+        return driver
+
+    all_but_driver_ok().post_stats({4: 77})
+    assert device.counters.chains == 0
+    all_but_driver_ok()  # the reset in it forgets the kick
+    assert device.write_status(accepted | Status.DRIVER_OK) is Effect.NONE
+    all_but_driver_ok().post_stats({4: 77})
+    assert device.write_status(accepted | Status.DRIVER_OK) is Effect.NOTIFY_AGAIN
+    for index in device.queues:
+        device.notify(index)
+    assert device.stats is not None
+    assert device.stats.free_bytes == 77
+    assert device.write_status(accepted | Status.DRIVER_OK) is Effect.NONE
+
+
 def test_A2_A3_a_corrupt_ring_needs_a_reset_and_says_so_once(memory: GuestMemory) -> None:
     device, driver = started(memory)
     driver.queues[Role.INFLATE].make_available(64)  # behind the table
