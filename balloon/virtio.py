@@ -52,7 +52,11 @@ class Effect(enum.Flag):
     NEEDS_RESET = 4
     """The device has failed and shows NEEDS_RESET in its status."""
     NOTIFY_AGAIN = 8
-    """The queue is not empty yet: call `notify()` again, after whatever else is to be done."""
+    """The queue is not empty yet: call `notify()` again, after whatever else is to be done.
+
+    From `write_status()`: queues were kicked before DRIVER_OK, as Linux does with its first statistics
+    buffer: call `notify()` for each queue that runs.
+    """
     NOTIFY_LATER = 16
     """The reclaim rate is used up: call `notify()` again after the queue's `wait_seconds`."""
     STATS = 32
@@ -94,6 +98,7 @@ class VirtioDevice:
         self._failed = False
         self._fault_told = False
         self._owed: set[int] = set()
+        self._early = False
         self._counted = Counters()
         self._later = Effect.NONE
         self._check_target(target_bytes)
@@ -149,7 +154,8 @@ class VirtioDevice:
 
         FEATURES_OK stays clear after a set of features that could not be taken (A5), and without VERSION_1
         (A21): a legacy driver does not know the bit, and one that does has to accept VERSION_1. Bits are
-        only ever added; NEEDS_RESET is the device's own. With DRIVER_OK the queues come to life (A1).
+        only ever added; NEEDS_RESET is the device's own. With DRIVER_OK the queues come to life (A1), see
+        `Effect.NOTIFY_AGAIN`.
 
         :raise StateError: see `reset`.
         """
@@ -161,6 +167,9 @@ class VirtioDevice:
         self._status |= new
         if new & Status.DRIVER_OK and not self._plane.live:
             self._plane.live = True
+            if self._early:
+                self._early = False
+                return Effect.NOTIFY_AGAIN
         return Effect.NONE
 
     def reset(self) -> Effect:
@@ -174,7 +183,7 @@ class VirtioDevice:
         for index in tuple(self._plane.queues):
             self.stop_queue(index)
         self._owed.clear()
-        self._failed = self._fault_told = self._refused = False
+        self._failed = self._fault_told = self._refused = self._early = False
         self._plane.live = False
         self._status = Status(0)
         self._actual_pages = 0
@@ -366,7 +375,10 @@ class VirtioDevice:
         if self._has_fault():
             return self._tell_fault()
         queue = self._plane.queues.get(index)
-        if queue is None or not self._status & Status.DRIVER_OK:
+        if queue is None:
+            return Effect.NONE
+        if not self._status & Status.DRIVER_OK:
+            self._early = True
             return Effect.NONE
         failures = queue.failures
         effect = Effect.NONE

@@ -38,20 +38,30 @@ SWITCHES = {
     "page_poison": Feature.PAGE_POISON,
     "must_tell_host": Feature.MUST_TELL_HOST,
     "deflate_on_oom": Feature.DEFLATE_ON_OOM,
+    "stats": Feature.STATS_VQ,
+    "hinting": Feature.FREE_PAGE_HINT,
 }
+BASE = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.INDIRECT_DESC
 
 
-@pytest.mark.parametrize("chosen", list(itertools.product((False, True), repeat=4)))
+@pytest.mark.parametrize("chosen", list(itertools.product((False, True), repeat=len(SWITCHES))))
 def test_offered_features_are_exactly_those_that_were_asked_for(
     memory: GuestMemory, chosen: tuple[bool, ...]
 ) -> None:
-    """A6, A21: VERSION_1 always, and nothing that cannot be served: no statistics, no hinting, no bit 6."""
-    device = Balloon(memory, **dict(zip(SWITCHES, chosen, strict=True)))  # type: ignore[arg-type]
-    wanted = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.INDIRECT_DESC
-    for name, on in zip(SWITCHES, chosen, strict=True):
+    """A6, A21: VERSION_1 always, and nothing that cannot be served: no bit 6."""
+    switches = dict(zip(SWITCHES, chosen, strict=True))
+    device = Balloon(memory, **switches)  # type: ignore[arg-type]
+    wanted = BASE
+    for name, on in switches.items():
         wanted |= SWITCHES[name] if on else Feature(0)
     assert device.device_features == wanted
-    assert device.config_bytes == (16 if device.device_features & Feature.PAGE_POISON else 8)
+    assert device.config_bytes == (16 if switches["page_poison"] else 12 if switches["hinting"] else 8)
+
+
+def test_offered_by_default_is_what_costs_the_guest_nothing(memory: GuestMemory) -> None:
+    """Statistics too; hinting has a use only where somebody starts it, and OOM is the guest's to decide."""
+    wanted = BASE | Feature.REPORTING | Feature.PAGE_POISON | Feature.MUST_TELL_HOST | Feature.STATS_VQ
+    assert Balloon(memory).device_features == wanted
 
 
 def test_a_feature_that_was_not_offered_is_the_drivers_fault(memory: GuestMemory) -> None:
@@ -100,11 +110,11 @@ def test_queue_roles_for_every_negotiated_set(
     memory: GuestMemory, taken: tuple[bool, ...], numbering: str
 ) -> None:
     """SEMANTICS 1: Linux counts the negotiated queues, the standard's text gives fixed numbers."""
-    device = Balloon(memory, numbering=numbering)  # type: ignore[arg-type]
+    device = Balloon(memory, numbering=numbering, hinting=True)  # type: ignore[arg-type]
     features = Feature.VERSION_1
     for feature, on in zip(OPTIONAL, taken, strict=True):
         features |= feature if on else Feature(0)
-    device._accepted = features  # statistics and hinting are not offered yet, but are numbered
+    device.set_driver_features(features)
     stats, hinting, reporting = taken
     if numbering == "spec":
         wanted = [
@@ -137,10 +147,11 @@ def test_start_queue_refuses_what_cannot_be(memory: GuestMemory) -> None:
     device = Balloon(memory)
     device.set_driver_features(device.device_features)
     where = {"descriptor_address": 0, "available_address": 4096, "used_address": 8192}
-    with pytest.raises(balloon.ConfigError, match="queue 3 does not exist"):
-        device.start_queue(3, size=64, **where)
-    with pytest.raises(balloon.ConfigError, match="Linux needs 32"):
-        device.start_queue(2, size=16, **where)
+    assert device.role(3) is Role.REPORTING
+    with pytest.raises(balloon.ConfigError, match="queue 4 does not exist"):
+        device.start_queue(4, size=64, **where)
+    with pytest.raises(balloon.ConfigError, match=r"queue 3 is for reporting.*Linux needs 32"):
+        device.start_queue(3, size=16, **where)
     with pytest.raises(balloon.ConfigError, match="not a power of two"):
         device.start_queue(0, size=48, **where)
     with pytest.raises(balloon.RingError, match="outside guest memory or misaligned"):
@@ -165,6 +176,35 @@ def test_A1_nothing_is_consumed_before_driver_ok(memory: GuestMemory) -> None:
     device.write_status(device.status | Status.DRIVER_OK)
     driver.kick(Role.REPORTING, always=True)
     assert len(queue.take_used()) == 1
+
+
+def test_a_kick_before_driver_ok_is_remembered(memory: GuestMemory) -> None:
+    """Linux posts its first statistics buffer, kicks, and sets DRIVER_OK then: no other kick comes for it."""
+    device = Balloon(memory)
+    accepted = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK
+
+    def all_but_driver_ok() -> Driver:
+        device.write_status(0)
+        device.set_driver_features(device.device_features)
+        device.write_status(accepted)
+        driver = Driver(GuestRam.of(memory), device)
+        for index in range(4):
+            role = device.role(index)
+            assert role is not None
+            driver.start_queue(index, role)
+        return driver
+
+    all_but_driver_ok().post_stats({4: 77})
+    assert device.counters.chains == 0
+    all_but_driver_ok()  # the reset in it forgets the kick
+    assert device.write_status(accepted | Status.DRIVER_OK) is Effect.NONE
+    all_but_driver_ok().post_stats({4: 77})
+    assert device.write_status(accepted | Status.DRIVER_OK) is Effect.NOTIFY_AGAIN
+    for index in device.queues:
+        device.notify(index)
+    assert device.stats is not None
+    assert device.stats.free_bytes == 77
+    assert device.write_status(accepted | Status.DRIVER_OK) is Effect.NONE
 
 
 def test_A2_A3_a_corrupt_ring_needs_a_reset_and_says_so_once(memory: GuestMemory) -> None:
@@ -275,7 +315,8 @@ def test_B12_report_with_poison_keeps_content(
     device.set_driver_features(device.device_features)
     if order == "features first" and poison is not None:
         device.write_config(12, struct.pack("<I", poison))
-    for index, role in enumerate((Role.INFLATE, Role.DEFLATE, Role.REPORTING)):
+    for index, role in enumerate((Role.INFLATE, Role.DEFLATE, Role.STATS, Role.REPORTING)):
+        assert device.role(index) is role
         driver.start_queue(index, role)
     device.write_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK)
     page = driver.ram.view(8 * MIB, MIB)
@@ -304,10 +345,11 @@ def test_a_ring_stop_keeps_poison_val_and_a_reset_forgets_it(memory: GuestMemory
     device = Balloon(memory)
     driver = Driver(GuestRam.of(memory), device)
     driver.start(poison=0)
-    device.stop_queue(2)
+    index = driver.indices[Role.REPORTING]
+    device.stop_queue(index)
     queue = driver.queues[Role.REPORTING]
     device.start_queue(
-        2,
+        index,
         size=queue.size,
         descriptor_address=queue.descriptor_address,
         available_address=queue.available_address,

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from balloon._plane import DataPlane
 from balloon._queue import DataQueue
 from balloon._reclaim import Reclaimer
-from balloon._ring import SplitRing
 from balloon._worker import Worker
 from balloon.device import Balloon, Effect
 from balloon.errors import ConfigError, StateError
@@ -55,6 +54,7 @@ class Bench:
         without: Feature = Feature.PAGE_POISON,
         poison: int | None = None,
         fill: bool = True,
+        **options: Any,
     ) -> None:
         self.raw = GuardedRam(ram_bytes, kind)
         self.memory = GuestMemory()
@@ -63,7 +63,7 @@ class Bench:
         else:
             self.memory.add_address(self.raw.address, ram_bytes, owner=self.raw)
         self.ram = GuestRam([(0, self.raw.bytes())])
-        self.device = Balloon(self.memory)
+        self.device = Balloon(self.memory, **options)
         features = self.device.device_features & ~without
         self.driver = Driver(self.ram, self.device, features=features, queue_size=queue_size)
         self.driver.start(poison=poison)
@@ -984,13 +984,15 @@ def test_a_reset_that_is_refused_changes_nothing() -> None:
     bench = Bench()
     native = bench.device.queue(bench.index(Role.REPORTING))
     status, features = bench.device.status, bench.device.driver_features
+    running = bench.device.queues
+    assert len(running) == 4
     kick = os.eventfd(0)
     with Worker() as worker:
         worker.attach(native, kick)
         with pytest.raises(StateError):
             bench.device.write_status(0)
         worker.wait_detached(native)
-    assert sorted(bench.device.queues) == [0, 1, 2]
+    assert bench.device.queues == running
     assert (bench.device.status, bench.device.driver_features) == (status, features)
     bench.device.write_status(0)
     assert bench.device.status == 0
@@ -1283,14 +1285,23 @@ def test_one_reclaimer_from_two_threads() -> None:
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
-def test_roles_without_a_drain() -> None:
-    """The statistics and hinting queues are not data queues (contract 1)."""
-    bench = Bench()
-    ring = bench.device.queue(0).ring
-    assert isinstance(ring, SplitRing)
-    for role in (Role.STATS, Role.HINTING):
-        with pytest.raises(ConfigError, match=role.name):
-            DataQueue(DataPlane(), ring, index=0, role=role)
+@pytest.mark.parametrize("role", Role)
+def test_every_role_has_a_drain(role: Role) -> None:
+    """One chain of each: it is used at once, but for a statistics buffer, which the device holds."""
+    bench = Bench(hinting=True)
+    head = bench.queue(role).post([(bench.queue(role).end, 4, role is Role.REPORTING)])
+    effect = bench.notify(role)
+    assert bool(effect & Effect.NOTIFY_USED) is (role is not Role.STATS)
+    assert bench.queue(role).take_used() == ([] if role is Role.STATS else [head])
+    assert bench.device.queue(bench.index(role)).holds_statistics is (role is Role.STATS)
+    assert bench.device.counters.chains == 1
+
+
+@pytest.mark.parametrize("number", [-1, 5])
+def test_what_is_no_role_has_no_drain(number: int) -> None:
+    ring = Bench().device.queue(0).ring
+    with pytest.raises(ValueError, match="Role"):
+        DataQueue(DataPlane(), ring, index=0, role=number)
 
 
 # ------------------------------------------------------------------------------------------------- fork

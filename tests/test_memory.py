@@ -43,6 +43,7 @@ PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 MAP_FIXED = 0x10
 F_ADD_SEALS, F_SEAL_WRITE, F_SEAL_FUTURE_WRITE = 1033, 0x8, 0x10
 WAIT = 30.0
+REPORTING = 3  # the index of that queue, with the features that are offered by default
 """Longest wait for another thread; only a test that fails ever takes it."""
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -932,10 +933,10 @@ def test_a_ring_lies_over_the_pieces_of_a_region(patchwork: tuple[int, int]) -> 
     memory = GuestMemory(mmap.mmap(-1, MIB, flags=PRIVATE), guest_address=MIB)
     memory.add_address(base, 16 * PAGE, owner=None)
     device, driver = make_device(memory, ring_at=MIB + 512 * KIB)
-    device.stop_queue(2)
+    device.stop_queue(REPORTING)
     driver._address = 8 * PAGE - 256
-    driver.start_queue(2, Role.REPORTING)
-    descriptors, available, _ = device.queue(2).ring.ring_host_addresses()
+    driver.start_queue(REPORTING, Role.REPORTING)
+    descriptors, available, _ = device.queue(REPORTING).ring.ring_host_addresses()
     assert descriptors < base + 8 * PAGE < available
     assert descriptors == base + 8 * PAGE - 256
     driver.report([(MIB, 4 * PAGE)], indirect=False)
@@ -1092,6 +1093,7 @@ def make_device(memory: GuestMemory, *, ring_at: int = RING_AT, **options: Any) 
     device = Balloon(memory)
     driver = Driver(GuestRam.of(memory), device, ring_address=ring_at, **options)
     driver.start()
+    assert driver.indices[Role.REPORTING] == REPORTING
     return device, driver
 
 
@@ -1206,10 +1208,10 @@ def test_a_device_whose_ring_lies_in_a_removed_region_needs_a_reset(memory: Gues
     memory.remove(ring)
     assert lost.status & Status.NEEDS_RESET
     assert {queue.fault for queue in lost.queues.values()} == {Fault.RING_ADDRESS}
-    assert lost.counters.faults["ring_address"] == 3
+    assert lost.counters.faults["ring_address"] == len(lost.queues) == 4
     calls: list[tuple[int, int]] = []
     with recorded(calls):
-        for index in range(3):
+        for index in lost.queues:
             assert not lost.notify(index) & (Effect.NOTIFY_USED | Effect.NOTIFY_AGAIN)
     assert calls == []
     # Another device of the same memory goes on, and this one comes back after a reset.
@@ -1259,7 +1261,7 @@ def test_a_worker_says_that_a_remap_stopped_a_ring(memory: GuestMemory) -> None:
     """Also while it is asleep, and though the driver never kicks again: its ring is gone."""
     kick = os.eventfd(0)
     device, driver = make_device(memory, kick=lambda index: os.eventfd_write(kick, 1))
-    queue, events = device.queue(2), []
+    queue, events = device.queue(REPORTING), []
     with Worker() as worker:
         worker.attach(queue, kick)
         driver.report([(0, PAGE)])
@@ -1302,7 +1304,7 @@ def test_a_swap_waits_until_no_drain_is_on_the_old_map(memory: GuestMemory, chan
 
     def serve() -> None:
         driver.queues[Role.REPORTING].post([(PAGE, PAGE, True)])
-        device.notify(2)
+        device.notify(REPORTING)
 
     with gate:
         serving = Thread(serve)
@@ -1332,7 +1334,7 @@ def test_a_swap_that_takes_too_long_changes_nothing(memory: GuestMemory) -> None
     queue = driver.queues[Role.REPORTING]
     with gate:
         queue.post([(64 * MIB, PAGE, True)])
-        serving = Thread(lambda: device.notify(2))
+        serving = Thread(lambda: device.notify(REPORTING))
         assert gate.reached.wait(WAIT)
         before = memory.map
         for change in (
@@ -1366,7 +1368,7 @@ def test_a_drain_that_a_swap_interrupts_goes_on_in_the_new_map(memory: GuestMemo
     queue = driver.queues[Role.REPORTING]
     head = queue.post([(256 * MIB, 256 * MIB, True), (0, PAGE, True)])
     with gate:
-        serving = Thread(lambda: device.notify(2))
+        serving = Thread(lambda: device.notify(REPORTING))
         assert gate.reached.wait(WAIT)
         swapping = Thread(lambda: memory.remove(region))
         swapping.join(0.3)
@@ -1378,7 +1380,7 @@ def test_a_drain_that_a_swap_interrupts_goes_on_in_the_new_map(memory: GuestMemo
         assert queue.take_used() == []
         assert gate.calls == [(start, 64 * MIB)]
         big.close()
-        assert not device.notify(2) & Effect.NOTIFY_AGAIN
+        assert not device.notify(REPORTING) & Effect.NOTIFY_AGAIN
     assert queue.take_used() == [head]
     assert gate.calls[1:] == [(memory.regions[0].host_address, PAGE)]
     counters = device.counters
@@ -1469,7 +1471,7 @@ def test_a_swap_that_takes_too_long_changes_nothing_for_any_device(
     monkeypatch.setattr(balloon.memory, "TIMEOUT", 0.05)
     with gate:
         driver.queues[Role.REPORTING].post([(0, PAGE, True)])
-        serving = Thread(lambda: second.notify(2))
+        serving = Thread(lambda: second.notify(REPORTING))
         assert gate.reached.wait(WAIT)
         changes: dict[str, Callable[[], Any]] = {
             "remove": lambda: memory.remove(memory.regions[1], timeout=0.05),
@@ -1495,7 +1497,7 @@ def test_what_starts_while_a_swap_waits_is_on_the_new_map(memory: GuestMemory, w
     gate = Gate()
     with gate:
         driver.queues[Role.REPORTING].post([(0, PAGE, True)])
-        serving = Thread(lambda: second.notify(2))
+        serving = Thread(lambda: second.notify(REPORTING))
         assert gate.reached.wait(WAIT)
         swapping = Thread(lambda: memory.remove(shared))
         swapping.join(0.3)

@@ -39,7 +39,7 @@ from balloon._queue import DataQueue
 from balloon._reclaim import Reclaimer
 from balloon._ring import SplitRing
 from balloon.errors import ConfigError, StateError
-from balloon.spec import RECLAIM_RETRIES, SLICE_BYTES, SLICE_RANGES, Role
+from balloon.spec import RECLAIM_RETRIES, SLICE_BYTES, SLICE_RANGES, Feature, Role
 from balloon.testing import Driver, DriverQueue, GuestRam, _shared
 from balloon.testing.faults import real_fallocate, real_madvise, real_process_madvise, system_calls
 
@@ -251,12 +251,13 @@ class Thread(threading.Thread):
         return self.value
 
 
-def make_device(memory: GuestMemory, **options: Any) -> tuple[Balloon, Driver]:
-    """A device and its started driver, with memory for the rings."""
+def make_device(memory: GuestMemory, *, without: int = 0, **options: Any) -> tuple[Balloon, Driver]:
+    """A device and its started driver, which accepts all features but those, with memory for the rings."""
     if not memory.map.translate(RING_AT, 1):
         memory.add(mmap.mmap(-1, options.pop("ring_bytes", MIB)), guest_address=RING_AT)
     device = Balloon(memory)
-    driver = Driver(GuestRam.of(memory), device, ring_address=RING_AT, **options)
+    features = device.device_features & ~without
+    driver = Driver(GuestRam.of(memory), device, features=features, ring_address=RING_AT, **options)
     driver.start()
     return device, driver
 
@@ -571,7 +572,7 @@ def pattern(unit: int) -> int:
 
 
 @contextlib.contextmanager
-def guest_ram(name: str, folder: Path, request: pytest.FixtureRequest) -> Iterator[Ram]:
+def guest_ram(name: str, folder: Path, request: pytest.FixtureRequest, *, without: int = 0) -> Iterator[Ram]:
     backing = FREED.get(name) or KEPT[name]
     require: Require = request.getfixturevalue("require")
     if backing.huge:
@@ -595,7 +596,7 @@ def guest_ram(name: str, folder: Path, request: pytest.FixtureRequest) -> Iterat
             region = memory.add_address(source.address, size, owner=None, **kwargs)
         else:
             region = memory.add_fd(source.fd, size, offset=source.offset, **kwargs)
-        device, driver = make_device(memory)
+        device, driver = make_device(memory, without=without)
         ram = Ram(backing, source, memory, region, device, driver, b"")
         for unit in range(UNITS):
             ram.words[unit] = pattern(unit)
@@ -675,12 +676,21 @@ def test_inflate_gives_back_what_report_does(
         assert ram.device.counters.system_calls == 1
 
 
-@pytest.mark.parametrize("name", [name for name, backing in FREED.items() if backing.huge])
+HUGE_NAMES = [name for name, backing in FREED.items() if backing.huge]
+
+
+@pytest.mark.parametrize("name", HUGE_NAMES)
+@pytest.mark.parametrize("tells", [True, False], ids=["MUST_TELL_HOST", "without"])
 def test_a_huge_page_goes_whole_or_not_at_all(
-    name: str, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, tells: bool, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """RECLAIM 1.8: a discard of 4 KiB inside it would succeed, free nothing, and may zero the 4 KiB."""
-    with guest_ram(name, tmp_path, request) as ram:
+    """RECLAIM 1.8: a discard of 4 KiB inside it would succeed, free nothing, and may zero the 4 KiB.
+
+    Contract 7: parts that come in several requests add up where the driver has to tell before it uses them
+    again, and only there.
+    """
+    without = Feature(0) if tells else Feature.MUST_TELL_HOST
+    with guest_ram(name, tmp_path, request, without=without) as ram:
         pool = meminfo("HugePages_Free")
         page = ram.at(3) // PAGE
         with Kernel(real=True) as kernel:
@@ -689,19 +699,68 @@ def test_a_huge_page_goes_whole_or_not_at_all(
             ram.driver.report([(ram.at(0), HUGE - 1)])
         assert kernel.calls == []
         assert meminfo("HugePages_Free") == pool
-        assert ram.device.counters.clipped_bytes == 4 * PAGE + 2 * HUGE - 2 * PAGE + HUGE - 1
+        clipped = 2 * HUGE - 2 * PAGE + HUGE - 1
+        counted = (ram.device.counters.clipped_bytes, ram.device.partial_bytes)
+        assert counted == ((clipped, 4 * PAGE) if tells else (clipped + 4 * PAGE, 0))
         ram.assert_content(set())
+        # The other parts of that page, and parts of its neighbours, in a second request.
+        rest = [page + n for n in range(-3, 512 + 3) if n not in (0, 7, 511, 512)]
+        post_pages(ram.driver, rest)
+        ram.driver.kick(Role.INFLATE, always=True)
+        gone = {3} if tells else set()
+        assert meminfo("HugePages_Free") == pool + len(gone)
+        ram.assert_content(gone)
+        assert ram.device.partial_bytes == (6 * PAGE if tells else 0)
         # All 512 page frame numbers of one huge page in one request, in any order, and a few more.
-        numbers = [page + n for n in range(-3, 512 + 3)]
+        numbers = [ram.at(5) // PAGE + n for n in range(-3, 512 + 3)]
         random.Random(5).shuffle(numbers)
+        pool = meminfo("HugePages_Free")  # the look at the content has brought pages back
         post_pages(ram.driver, numbers)
         ram.driver.kick(Role.INFLATE, always=True)
+        gone.add(5)
         assert meminfo("HugePages_Free") == pool + 1
-        ram.assert_content({3})
+        ram.assert_content(gone)
         # Ranges of a report that make whole huge pages only together; the edges stay.
         ram.driver.report([(ram.at(7, MIB), HUGE), (ram.at(6, MIB), HUGE), (ram.at(8, MIB), PAGE)])
-        ram.assert_content({3, 7})
-        assert ram.device.counters.advised_bytes == 2 * HUGE
+        gone.add(7)
+        ram.assert_content(gone)
+        assert ram.device.counters.advised_bytes == len(gone) * HUGE
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["MUST_TELL_HOST", "without"])
+def test_a_huge_page_that_the_hook_lets_go_goes(
+    tells: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Contract 9: the hook is asked while the request is open; that must not make the page incomplete."""
+    without = 0 if tells else int(Feature.MUST_TELL_HOST)
+    with guest_ram("hugetlb memfd as an fd", tmp_path, request, without=without) as ram:
+        asked: list[Any] = []
+        ram.device.set_release_hook(lambda ranges: asked.append(ranges.tolist()))
+        for unit in (3, 6):
+            post_pages(ram.driver, range(ram.at(unit) // PAGE, ram.at(unit + 1) // PAGE))
+            ram.driver.kick(Role.INFLATE, always=True)
+        assert asked == [[[ram.at(3), HUGE]], [[ram.at(6), HUGE]]]
+        ram.assert_content({3, 6})
+        assert ram.device.counters.clipped_bytes == 0
+
+
+@pytest.mark.parametrize("name", HUGE_NAMES)
+def test_contract_7_a_deflated_part_keeps_its_huge_page(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """With MUST_TELL_HOST: a page of which one part is the guest's again stays, and goes with that part."""
+    with guest_ram(name, tmp_path, request) as ram:
+        parts = list(range(ram.at(4) // PAGE, ram.at(5) // PAGE))
+        ram.driver.inflate(parts)
+        ram.assert_content({4})
+        ram.driver.deflate(parts[100:101])
+        assert ram.device.partial_bytes == HUGE - PAGE
+        ram.words[4] = pattern(4)
+        ram.driver.inflate(parts[:100] + parts[101:])
+        ram.assert_content(set())
+        ram.driver.inflate(parts[100:101])
+        ram.assert_content({4})
+        assert ram.device.partial_bytes == 0
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -1875,7 +1934,7 @@ def test_a_worker_says_that_the_kernel_refused() -> None:
     driver.start()
     lock(region.host_address, MIB)
     with Worker() as worker:
-        queue = device.queue(2)
+        queue = device.queue(driver.indices[Role.REPORTING])
         worker.attach(queue, kick)
         driver.report([(RAM_AT, PAGE)])
         assert select.select([worker.event_fd], [], [], WAIT)[0]

@@ -697,8 +697,10 @@ def test_a1_a3_no_buffer_and_no_config_notification_before_driver_ok() -> None:
     queue.make_available(1000)
     before = bench.raw.bytes().copy()
     assert device.notify(0) is Effect.NONE
+    assert device.queue(0).serve() == (False, "idle", Fault.NONE, ())
     assert np.array_equal(bench.raw.bytes(), before)
-    device.queue(0).serve()
+    bench.memory.remove(bench.region)
+    assert device.queue(0).fault is Fault.RING_ADDRESS
     assert device.fault(device.queue(0)) is Effect.NEEDS_RESET
     assert device.status & Status.NEEDS_RESET
 
@@ -708,8 +710,8 @@ def test_ring_address_fault_when_the_region_goes() -> None:
     bench = Bench()
     bench.memory.remove(bench.region)
     assert bench.device.status & Status.NEEDS_RESET
-    assert bench.device.counters.faults["ring_address"] == 3
-    for role in DATA_ROLES:
+    assert bench.device.counters.faults["ring_address"] == len(bench.driver.queues) == 4
+    for role in bench.driver.queues:
         assert not bench.notify(role) & (Effect.NOTIFY_USED | Effect.NOTIFY_AGAIN)
     bench.device.write_status(0)
     assert bench.device.status == 0

@@ -34,7 +34,7 @@ from balloon import serve, sockets
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
 from balloon.serve import Server
-from balloon.spec import Feature, Status
+from balloon.spec import Feature, Role, Status
 from balloon.testing import wire
 from balloon.testing.faults import real_fallocate, system_calls
 from balloon.testing.frontend import FrontEnd
@@ -157,8 +157,14 @@ def report(front_end: FrontEnd, ring: Any, index: int, offset: int, size: int) -
     assert ring.take_used() == [head]
 
 
-def check_reporting(front_end: FrontEnd, *, index: int = 2) -> None:
+def reporting(front_end: FrontEnd) -> int:
+    """The index of the reporting queue, with what was negotiated."""
+    return front_end.index_of(Role.REPORTING)
+
+
+def check_reporting(front_end: FrontEnd) -> None:
     """Report memory that is held, and see that it is held no more."""
+    index = reporting(front_end)
     ring = front_end.driver_queue(index)
     fill(front_end, 32 * MIB, 8 * MIB)
     held = held_bytes(front_end)
@@ -199,7 +205,7 @@ def test_qemu_from_start_to_reset_and_start(running: Running, path: Path, slots:
         front_end.write_config_like_qemu(bytes(16))  # before SET_FEATURES
         front_end.insmod_like_qemu()
         check_reporting(front_end)
-        assert front_end.stop_like_qemu() == [0, 0, 1]
+        assert front_end.stop_like_qemu() == [0, 0, 0, 1]
         front_end.insmod_like_qemu(drop=Feature.PAGE_POISON)
         check_reporting(front_end)
         assert front_end.read_config_like_qemu() == bytes(16)
@@ -259,10 +265,10 @@ def test_pitfall_05_call_fd_is_a_stream_socket_and_gets_eight_bytes_each(
 ) -> None:
     with FrontEnd.connect(path) as front_end:
         front_end.start_like_uml(drop=Feature.PAGE_POISON)
-        ring = front_end.driver_queue(2)
+        ring = front_end.driver_queue(reporting(front_end))
         for number in range(5):
-            report(front_end, ring, 2, 32 * MIB + number * MIB, MIB)
-        with socket.socket(fileno=os.dup(front_end.rings[2].call_fd)) as call:
+            report(front_end, ring, reporting(front_end), 32 * MIB + number * MIB, MIB)
+        with socket.socket(fileno=os.dup(front_end.rings[reporting(front_end)].call_fd)) as call:
             call.setblocking(False)
             with pytest.raises(BlockingIOError):
                 call.recv(1)
@@ -278,19 +284,19 @@ def test_pitfall_05_call_fd_that_nobody_reads_holds_nobody(running: Running, pat
                 while True:
                     far.send(bytes(4096))
             far.setblocking(True)
-            front_end.demand(Request.SET_VRING_CALL, struct.pack("=Q", 2), [far.fileno()])
-            ring = front_end.driver_queue(2)
+            front_end.demand(Request.SET_VRING_CALL, struct.pack("=Q", reporting(front_end)), [far.fileno()])
+            ring = front_end.driver_queue(reporting(front_end))
             ring.ask_for_call()
             ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
-            front_end.kick(2)
+            front_end.kick(reporting(front_end))
             wait_until(lambda: ring.take_used() != [])
         full = os.eventfd(0, os.EFD_CLOEXEC)
         os.eventfd_write(full, (1 << 64) - 2)  # the next write would wait for a reader
-        front_end.demand(Request.SET_VRING_CALL, struct.pack("=Q", 2), [full])
+        front_end.demand(Request.SET_VRING_CALL, struct.pack("=Q", reporting(front_end)), [full])
         os.close(full)
         ring.ask_for_call()
         ring.post([(front_end.guest_address + 33 * MIB, MIB, True)])
-        front_end.kick(2)
+        front_end.kick(reporting(front_end))
         wait_until(lambda: ring.take_used() != [])
         front_end.ask_u64(Request.GET_FEATURES)
 
@@ -314,10 +320,10 @@ def test_pitfall_10_questions_are_answered_while_a_discard_runs(running: Running
     held = HeldDiscard()
     with FrontEnd.connect(path) as front_end:
         front_end.start_like_uml(drop=Feature.PAGE_POISON)
-        ring = front_end.driver_queue(2)
+        ring = front_end.driver_queue(reporting(front_end))
         with system_calls(fallocate=held):
             ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
-            front_end.kick(2)
+            front_end.kick(reporting(front_end))
             assert held.entered.wait(10)
             front_end.ask_u64(Request.GET_FEATURES)
             assert front_end.read_config_like_uml(0) == 0
@@ -334,13 +340,13 @@ def test_pitfall_13_disable_is_answered_after_the_discard_under_way(running: Run
         front_end.start_like_uml()
         front_end.write_config_like_uml(12, 0)
         other.boot_like_uml()
-        ring = front_end.driver_queue(2)
+        ring = front_end.driver_queue(reporting(front_end))
         with system_calls(fallocate=held):
             # Two runs, and a gap between them that no merging closes: the second is in the same slice.
             ring.post([(front_end.guest_address + offset * MIB, MIB, True) for offset in (32, 34)])
-            front_end.kick(2)
+            front_end.kick(reporting(front_end))
             assert held.entered.wait(10)
-            front_end.send(Request.SET_VRING_ENABLE, struct.pack("=II", 2, 0), (), 9)
+            front_end.send(Request.SET_VRING_ENABLE, struct.pack("=II", reporting(front_end), 0), (), 9)
             other.ask_u64(Request.GET_FEATURES)  # another connection is served meanwhile
             assert not select.select([front_end.socket], [], [], 0.1)[0]
             assert ring.take_used() == []
@@ -349,12 +355,12 @@ def test_pitfall_13_disable_is_answered_after_the_discard_under_way(running: Run
         assert len(ring.take_used()) == 1  # every popped head is used
         calls = held.calls
         ring.post([(front_end.guest_address + 40 * MIB, MIB, True)])
-        front_end.kick(2)  # remembered, not served
+        front_end.kick(reporting(front_end))  # remembered, not served
         front_end.ask_u64(Request.GET_FEATURES)
         time.sleep(0.02)
         assert ring.take_used() == []
         assert held.calls == calls
-        front_end.demand(Request.SET_VRING_ENABLE, struct.pack("=II", 2, 1))
+        front_end.demand(Request.SET_VRING_ENABLE, struct.pack("=II", reporting(front_end), 1))
         wait_until(lambda: ring.take_used() != [])
 
 
@@ -538,10 +544,10 @@ def test_fds_that_are_not_what_they_should_be(
         for request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR):
             with FrontEnd.connect(path) as front_end, contextlib.suppress(PeerGoneError, RefusedError):
                 front_end.start_like_uml(drop=Feature.PAGE_POISON)
-                front_end.acknowledged(request, struct.pack("=Q", 2), [fd])
-                ring = front_end.driver_queue(2)
+                front_end.acknowledged(request, struct.pack("=Q", reporting(front_end)), [fd])
+                ring = front_end.driver_queue(reporting(front_end))
                 ring.post([(front_end.guest_address, 4096, True)])
-                front_end.kick(2)
+                front_end.kick(reporting(front_end))
                 front_end.ask_u64(Request.GET_FEATURES)
         with FrontEnd.connect(path) as front_end:
             front_end.send(Request.SET_PROTOCOL_FEATURES, struct.pack("=Q", wire.BACKEND_REQ))
@@ -610,8 +616,8 @@ def test_truncated_memory_costs_its_own_device_only(running: Running, path: Path
         front_end.start_like_qemu(drop=Feature.PAGE_POISON)
         other.start_like_uml(drop=Feature.PAGE_POISON)
         os.ftruncate(front_end.memory_fd, 0)
-        front_end.kick(2)
-        front_end.wait_err(2)
+        front_end.kick(reporting(front_end))
+        front_end.wait_err(reporting(front_end))
         assert "SIGBUS" in caplog.text
         check_reporting(other)
     for _ in range(2):
@@ -689,7 +695,9 @@ def test_kernel_that_refuses_is_looked_into_once(running: Running, path: Path) -
     with FrontEnd.connect(path) as front_end:
         front_end.start_like_uml(drop=Feature.PAGE_POISON)
         with system_calls(fallocate=refuse_all):
-            report(front_end, front_end.driver_queue(2), 2, 32 * MIB, MIB)
+            report(
+                front_end, front_end.driver_queue(reporting(front_end)), reporting(front_end), 32 * MIB, MIB
+            )
         (session,) = running.server.sessions
         wait_until(lambda: running.call(session.describe)["regions"][0]["reason"] != "")
         assert running.call(session.describe)["regions"][0]["method"] == "none"
@@ -741,10 +749,10 @@ def test_stop_waits_for_a_discard(run: Callable[..., Running], path: Path) -> No
     held = HeldDiscard()
     with FrontEnd.connect(path) as front_end:
         front_end.start_like_uml(drop=Feature.PAGE_POISON)
-        ring = front_end.driver_queue(2)
+        ring = front_end.driver_queue(reporting(front_end))
         with system_calls(fallocate=held):
             ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
-            front_end.kick(2)
+            front_end.kick(reporting(front_end))
             assert held.entered.wait(10)
             running.loop.call_soon_threadsafe(running.server.stop)
             running.thread.join(0.1)

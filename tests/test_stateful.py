@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from balloon import Balloon, Effect, Feature, GuestMemory, Role, Status
+from balloon.hinting import HintState
 from balloon.testing import Driver, GuardedRam, GuestRam
 
 PAGE = 4096
@@ -46,7 +47,7 @@ class Machine(RuleBasedStateMachine):
             self.memory.add_address(self.raw.address, self.raw.size, owner=self.raw)
         self.extra = GuardedRam(16 * PAGE, "private")
         self.extra_region = None
-        self.device = Balloon(self.memory)
+        self.device = Balloon(self.memory, hinting=True)
         self.bytes = self.raw.bytes()
         self.bytes[:] = np.random.default_rng(7).integers(1, 255, PAGES * PAGE, dtype=np.uint8)
         self.model = self.bytes.copy()
@@ -139,7 +140,51 @@ class Machine(RuleBasedStateMachine):
             queue = self.driver.queues[Role.DEFLATE]
             self.pending[Role.DEFLATE].append((queue.post([(queue.end, 4 * count, False)]), []))
 
-    @rule(role=st.sampled_from([Role.INFLATE, Role.DEFLATE, Role.REPORTING]), always=st.booleans())
+    @rule(free=st.integers(0, 2**64 - 2))
+    def statistics(self, free: int) -> None:
+        """A statistics buffer, if the device holds none: it keeps this one."""
+        if not self.has(Role.STATS, 1):
+            return
+        queue = self.driver.queues[Role.STATS]
+        queue.take_used()
+        if queue.posted:
+            return
+        self.driver.post_stats({4: free})
+        assert self.device.stats is not None
+        assert self.device.stats.free_bytes == free
+
+    @rule()
+    def ask_for_statistics(self) -> None:
+        """The buffer that is held goes back to the driver, once."""
+        if not self.has(Role.STATS, 0):
+            return
+        queue = self.driver.queues[Role.STATS]
+        queue.take_used()  # a request from before a reset has asked with the first buffer after it
+        held = self.device.queue(self.driver.indices[Role.STATS]).holds_statistics
+        request, _ = self.device.request_stats(0.0)
+        assert len(queue.take_used()) == held
+        if not held:
+            self.device.cancel_stats(request.token)
+
+    @rule(ranges=st.lists(st.tuples(pages, st.integers(1, 6)), max_size=6), stale=st.booleans())
+    def hint(self, ranges: list[tuple[int, int]], stale: bool) -> None:
+        """A round that collects: what came under its id is noted, and nothing is given away."""
+        if not self.has(Role.HINTING, SIZE):
+            return
+        started, effect = self.device.start_hinting()
+        assert effect is Effect.NOTIFY_CONFIG
+        named = np.zeros(PAGES, dtype=bool)
+        for page, count in ranges:
+            named[page : page + count] = True
+        sizes = [(page * PAGE, min(count, PAGES - page) * PAGE) for page, count in ranges]
+        self.driver.hint(sizes, started.id ^ 1 if stale else started.id)
+        noted = np.zeros(PAGES, dtype=bool)
+        for address, size in self.device.hinted_ranges().tolist():
+            noted[address // PAGE : (address + size) // PAGE] = True
+        assert np.array_equal(noted, named & (not stale))
+        assert self.device.hint_state is (HintState.REQUESTED if stale else HintState.DONE)
+
+    @rule(role=st.sampled_from(Role), always=st.booleans())
     def kick(self, role: Role, always: bool) -> None:
         """Kick, with need or without; what was posted before comes back, once, and its memory is gone."""
         if role not in self.driver.queues:
@@ -150,6 +195,9 @@ class Machine(RuleBasedStateMachine):
             assert not effect & Effect.NOTIFY_USED
             return
         used = queue.take_used()
+        if role is Role.STATS:  # the device holds the buffer, or has asked with it
+            assert len(used) <= 1
+            return
         assert used == [head for head, _ in self.pending[role]]
         # One drain: parts of a page that came in two chains, neither acknowledged yet, make a whole page.
         self.give_away([one for _, given in self.pending[role] for one in given])
@@ -175,7 +223,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.broken)
     @rule(
-        role=st.sampled_from([Role.INFLATE, Role.REPORTING]),
+        role=st.sampled_from(Role),
         head=st.one_of(st.integers(0, SIZE - 1), st.integers(SIZE, 65535)),
         address=st.sampled_from([0, 16, RINGS * PAGE, HOLE, 2**64 - 16]),
         length=st.sampled_from([0, 1, 16, 24, 4096, 2**32 - 1]),
@@ -186,6 +234,8 @@ class Machine(RuleBasedStateMachine):
         if role not in self.driver.queues or any(self.pending.values()):
             return
         queue = self.driver.queues[role]
+        if role is Role.STATS:
+            queue.take_used()  # the device may have asked
         slot = head % SIZE
         if head >= SIZE:
             queue.make_available(head)
@@ -229,7 +279,7 @@ class Machine(RuleBasedStateMachine):
             self.extra_region = None
 
     @precondition(lambda self: not self.broken)
-    @rule(role=st.sampled_from([Role.INFLATE, Role.DEFLATE, Role.REPORTING]))
+    @rule(role=st.sampled_from(Role))
     def stop_and_start(self, role: Role) -> None:
         """A ring that was stopped and started anew goes on where it was."""
         if role not in self.driver.queues:

@@ -41,6 +41,7 @@ from balloon.testing.ram import GuardedRam, GuestRam
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGE = 4096
 PATIENCE = 30.0
+QUEUES, REPORTING = 4, 3  # how many there are without hinting, and the index of the last one
 Kind = Literal["shared", "private", "memfd"]
 
 
@@ -155,9 +156,10 @@ class Bench:
         self.driver = Driver(
             self.ram, self.device, features=features, queue_size=queue_size, kick=self.kick, timeout=PATIENCE
         )
-        self.kicks = [os.eventfd(0) for _ in range(3)]
-        self.calls = [os.eventfd(0) for _ in range(3)]
+        self.kicks = [os.eventfd(0) for _ in range(QUEUES)]
+        self.calls = [os.eventfd(0) for _ in range(QUEUES)]
         self.driver.start(poison=0)
+        assert self.driver.indices[Role.REPORTING] == REPORTING == QUEUES - 1
         self.base = self.driver.end_of_rings
         self.first_page = self.base // PAGE
 
@@ -267,7 +269,7 @@ def test_contract_5_attach_drains_once(kicked: bool) -> None:
     bench = Bench()
     heads = [bench.post(n) for n in range(3)]
     if kicked:
-        bench.kick(2)
+        bench.kick(REPORTING)
     with Worker() as worker:
         native = bench.attach(worker)
         assert bench.take(3) == heads
@@ -276,12 +278,12 @@ def test_contract_5_attach_drains_once(kicked: bool) -> None:
         assert bench.queue(Role.REPORTING).used_header[1] == 3
         head = bench.post(7)
         before = bench.raw.bytes()[: bench.base].copy()
-        bench.kick(2)
-        bench.kick(2)
+        bench.kick(REPORTING)
+        bench.kick(REPORTING)
         time.sleep(0.02)
         assert np.array_equal(bench.raw.bytes()[: bench.base], before)
-        assert os.eventfd_read(bench.kicks[2]) == 2 + kicked, "the worker never reads a kick"
-        bench.kick(2)
+        assert os.eventfd_read(bench.kicks[REPORTING]) == 2 + kicked, "the worker never reads a kick"
+        bench.kick(REPORTING)
         bench.attach(worker)
         assert bench.take(1) == [head]
         bench.report(9)
@@ -302,11 +304,11 @@ def test_c13_spurious_kicks() -> None:
     with Worker() as worker:
         bench.attach(worker)
         for _ in range(100):
-            bench.kick(2)
+            bench.kick(REPORTING)
         until(lambda: bench.device.counters.kicks)
         bench.report()
         for _ in range(100):
-            bench.kick(2)
+            bench.kick(REPORTING)
         bench.report()
     assert bench.queue(Role.REPORTING).used_header.tolist() == [0, 2]
 
@@ -332,11 +334,11 @@ def test_detach_gives_a_token_and_an_event() -> None:
                 worker.wait_detached(native)
             with pytest.raises(StateError):
                 worker.set_call(native, -1)
-            bench.device.notify(2)
+            bench.device.notify(REPORTING)
             tokens.append(token)
         assert len(set(tokens)) == 3
         bench.attach(worker)
-        assert worker.wait_detached(native) == (bench.kicks[2], bench.calls[2])
+        assert worker.wait_detached(native) == (bench.kicks[REPORTING], bench.calls[REPORTING])
 
 
 def test_wait_detached_leaves_other_events_alone() -> None:
@@ -389,9 +391,9 @@ def test_errors_of_attach() -> None:
         with pytest.raises((ConfigError, OSError)):
             worker.attach(native, 9999)
         with pytest.raises((ConfigError, OSError)):
-            worker.attach(native, bench.kicks[2], 9999)
+            worker.attach(native, bench.kicks[REPORTING], 9999)
         assert native.worker is None
-        assert bench.device.notify(2) is Effect.NONE
+        assert bench.device.notify(REPORTING) is Effect.NONE
         assert null.fileno() >= 0
         bench.attach(worker)
         with pytest.raises(StateError):
@@ -436,9 +438,9 @@ def test_a_failed_attach_keeps_the_notification_that_is_owed() -> None:
         bench.take(1)
         worker.wait_detached(native)
         with pytest.raises((ConfigError, OSError)):
-            worker.attach(native, bench.kicks[2], 9999)
+            worker.attach(native, bench.kicks[REPORTING], 9999)
         bench.attach(worker)
-        assert readable(bench.calls[2], PATIENCE)
+        assert readable(bench.calls[REPORTING], PATIENCE)
 
 
 # --------------------------------------------------------------------------------- stopping in time
@@ -456,7 +458,7 @@ def test_contract_3_detach_while_a_discard_is_under_way() -> None:
         with pytest.raises(StateError, match="did not end"):
             worker.wait_detached(native, timeout=0.01)
         with pytest.raises(StateError):
-            bench.device.stop_queue(2)
+            bench.device.stop_queue(REPORTING)
         assert bench.queue(Role.REPORTING).used_header[1] == 0
         assert worker.detach(native) == token
         gate.open.set()
@@ -466,7 +468,7 @@ def test_contract_3_detach_while_a_discard_is_under_way() -> None:
         assert bench.queue(Role.REPORTING).take_used() == [first]
         assert bench.device.counters.cut_chains == 1
         assert bench.device.counters.chains == 1
-        assert bench.device.queue(2).next_available == 1
+        assert bench.device.queue(REPORTING).next_available == 1
         # The other chain is still there for the next owner.
         bench.attach(worker)
         assert bench.take(1) == [second]
@@ -485,7 +487,7 @@ def test_contract_3_the_driver_is_notified_of_a_chain_that_was_cut() -> None:
         worker.detach(native)
         gate.open.set()
         worker.wait_detached(native)
-        assert readable(bench.calls[2])
+        assert readable(bench.calls[REPORTING])
 
 
 def test_contract_3_a_guest_that_keeps_refilling_does_not_delay_a_detach() -> None:
@@ -525,7 +527,7 @@ def test_close_while_a_discard_is_under_way() -> None:
         assert len(recorder.calls) == 1
     assert bench.queue(Role.REPORTING).take_used() == [head]
     assert native.worker is None
-    assert bench.device.stop_queue(2) == 1
+    assert bench.device.stop_queue(REPORTING) == 1
 
 
 def test_close_frees_every_queue_and_may_be_repeated() -> None:
@@ -688,11 +690,11 @@ def test_a_wait_that_times_out_rings_for_what_it_took() -> None:
         with held(gate, forward=False):
             slow = busy.attach(worker)
             faulty.queue(Role.REPORTING).make_available(5000)
-            faulty.kick(2)
+            faulty.kick(REPORTING)
             until(lambda: broken.fault is Fault.HEAD_RANGE)
             until(lambda: readable(worker.event_fd))
             busy.post_all_of_ram()
-            busy.kick(2)
+            busy.kick(REPORTING)
             assert gate.inside.wait(PATIENCE)
             with pytest.raises(StateError):
                 worker.wait_detached(slow, timeout=0.01)
@@ -712,13 +714,13 @@ def test_a_fault_parks_one_queue_while_another_goes_on() -> None:
         other.attach(worker)
         good = bench.post(3)
         bench.queue(Role.REPORTING).make_available(5000)
-        bench.kick(2)
+        bench.kick(REPORTING)
         assert readable(worker.event_fd, PATIENCE)
         assert until(worker.take_events) == [("fault", broken, 0)]
         assert broken.fault is Fault.HEAD_RANGE
         assert bench.take(1) == [good], "what came before the fault is used"
         for n in range(20):
-            bench.kick(2)
+            bench.kick(REPORTING)
             bench.driver.inflate([bench.first_page + n])
             other.report(n)
         assert worker.take_events() == [], "told once"
@@ -749,7 +751,7 @@ def test_a2_contract_10_a_late_fault_does_not_hit_the_device_after_a_reset() -> 
     with Worker() as worker:
         native = bench.attach(worker)
         bench.queue(Role.REPORTING).make_available(5000)
-        bench.kick(2)
+        bench.kick(REPORTING)
         until(lambda: native.fault is not Fault.NONE)
         worker.wait_detached(native)
         bench.device.write_status(0)
@@ -834,11 +836,11 @@ def test_call_fd_is_an_eventfd() -> None:
         bench.attach(worker)
         for n in range(1, 4):
             head = bench.post(n)
-            bench.kick(2)
+            bench.kick(REPORTING)
             assert bench.take(1) == [head]
             until(lambda n=n: bench.device.counters.notifications == n)
         worker.close()
-    assert os.eventfd_read(bench.calls[2]) == 3
+    assert os.eventfd_read(bench.calls[REPORTING]) == 3
 
 
 def test_c7_no_call_when_the_driver_wants_none() -> None:
@@ -849,10 +851,10 @@ def test_c7_no_call_when_the_driver_wants_none() -> None:
         bench.attach(worker)
         for n in range(5):
             bench.post(n)
-            bench.kick(2)
+            bench.kick(REPORTING)
             bench.take(1)
         worker.close()
-    assert not readable(bench.calls[2])
+    assert not readable(bench.calls[REPORTING])
     assert bench.device.counters.suppressed_notifications == 5
 
 
@@ -863,10 +865,10 @@ def test_call_fd_is_a_stream_socket(blocking: bool) -> None:
     near.setblocking(blocking)
     bench = Bench(event_idx=False)
     with Worker() as worker, near, far:
-        worker.attach(bench.native(Role.REPORTING), bench.kicks[2], near.fileno())
+        worker.attach(bench.native(Role.REPORTING), bench.kicks[REPORTING], near.fileno())
         for n in range(5):
             bench.post(n)
-            bench.kick(2)
+            bench.kick(REPORTING)
             bench.take(1)
             assert far.recv(100) == struct.pack("=Q", 1)
         assert near.getblocking() is blocking, "a socket's mode is its owner's"
@@ -895,11 +897,11 @@ def test_a_full_call_fd_does_not_hold_the_worker(what: str, blocking: bool) -> N
     os.set_blocking(fd, blocking)
     bench, other = Bench(event_idx=False), Bench()
     with Worker() as worker:
-        worker.attach(bench.native(Role.REPORTING), bench.kicks[2], fd)
+        worker.attach(bench.native(Role.REPORTING), bench.kicks[REPORTING], fd)
         other.attach(worker)
         for n in range(200):
             bench.post(n % 50)
-            bench.kick(2)
+            bench.kick(REPORTING)
             bench.take(1)
             other.report(n)
     for one in (near, far):
@@ -914,10 +916,10 @@ def test_a_socket_call_fd_never_gets_a_part_of_a_notification() -> None:
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     bench = Bench(event_idx=False)
     with Worker() as worker, near, far:
-        worker.attach(bench.native(Role.REPORTING), bench.kicks[2], near.fileno())
+        worker.attach(bench.native(Role.REPORTING), bench.kicks[REPORTING], near.fileno())
         for n in range(300):
             bench.post(n % 50)
-            bench.kick(2)
+            bench.kick(REPORTING)
             bench.take(1)
         worker.close()
         far.setblocking(False)
@@ -941,11 +943,13 @@ def test_a_call_fd_whose_other_end_is_gone(what: str) -> None:
     try:
         with Worker() as worker:
             worker.attach(
-                bench.native(Role.REPORTING), bench.kicks[2], near.fileno() if what == "socket" else write_end
+                bench.native(Role.REPORTING),
+                bench.kicks[REPORTING],
+                near.fileno() if what == "socket" else write_end,
             )
             for n in range(5):
                 bench.post(n)
-                bench.kick(2)
+                bench.kick(REPORTING)
                 bench.take(1)
     finally:
         signal.signal(signal.SIGPIPE, before)
@@ -960,26 +964,26 @@ def test_a_notification_that_is_due_before_there_is_a_call_fd() -> None:
         native = bench.attach(worker, call=False)
         for n in range(3):
             bench.post(n)
-            bench.kick(2)
+            bench.kick(REPORTING)
             bench.take(1)
         until(lambda: bench.device.counters.notifications == 3)
-        worker.set_call(native, bench.calls[2])
-        assert readable(bench.calls[2], PATIENCE)
-        assert os.eventfd_read(bench.calls[2]) == 1
+        worker.set_call(native, bench.calls[REPORTING])
+        assert readable(bench.calls[REPORTING], PATIENCE)
+        assert os.eventfd_read(bench.calls[REPORTING]) == 1
         bench.post(4)
-        bench.kick(2)
+        bench.kick(REPORTING)
         bench.take(1)
-        assert readable(bench.calls[2], PATIENCE)
-        os.eventfd_read(bench.calls[2])
+        assert readable(bench.calls[REPORTING], PATIENCE)
+        os.eventfd_read(bench.calls[REPORTING])
         worker.set_call(native, -1)
         bench.post(5)
-        bench.kick(2)
+        bench.kick(REPORTING)
         bench.take(1)
-        assert not readable(bench.calls[2])
-        assert worker.wait_detached(native) == (bench.kicks[2], -1)
+        assert not readable(bench.calls[REPORTING])
+        assert worker.wait_detached(native) == (bench.kicks[REPORTING], -1)
         bench.attach(worker)
-        assert readable(bench.calls[2], PATIENCE)
-        assert os.eventfd_read(bench.calls[2]) == 1
+        assert readable(bench.calls[REPORTING], PATIENCE)
+        assert os.eventfd_read(bench.calls[REPORTING]) == 1
 
 
 def test_a_notification_that_is_owed_goes_back_with_the_queue() -> None:
@@ -990,8 +994,8 @@ def test_a_notification_that_is_owed_goes_back_with_the_queue() -> None:
         native = bench.attach(worker, call=False)
         bench.take(1)
         worker.wait_detached(native)
-    assert bench.device.notify(2) & Effect.NOTIFY_USED
-    assert not bench.device.notify(2) & Effect.NOTIFY_USED
+    assert bench.device.notify(REPORTING) & Effect.NOTIFY_USED
+    assert not bench.device.notify(REPORTING) & Effect.NOTIFY_USED
 
 
 def test_call_fds_change_under_load() -> None:
@@ -1010,7 +1014,7 @@ def test_call_fds_change_under_load() -> None:
 
         thread = threading.Thread(target=swap)
         thread.start()
-        heard = [*fds, bench.calls[2]]  # the last one until the first swap, which may come late
+        heard = [*fds, bench.calls[REPORTING]]  # the last one until the first swap, which may come late
         poll = select.poll()
         for fd in heard:
             poll.register(fd, select.POLLIN)
@@ -1018,7 +1022,7 @@ def test_call_fds_change_under_load() -> None:
             for n in range(2000):
                 queue = bench.queue(Role.REPORTING)
                 head = bench.post(n % 50)
-                bench.kick(2)
+                bench.kick(REPORTING)
                 # As a driver sleeps: ask, look once more, wait for one of the fds.
                 while True:
                     queue.ask_for_call()
@@ -1155,7 +1159,7 @@ def test_a3_the_region_under_a_ring_goes_and_nobody_owns_the_queue() -> None:
     bench = Bench()
     bench.memory.remove(bench.memory.regions[0])
     effect = Effect.NONE
-    for index in range(3):
+    for index in range(QUEUES):
         effect |= bench.device.notify(index)
     assert effect & (Effect.NOTIFY_CONFIG | Effect.NEEDS_RESET) == Effect.NOTIFY_CONFIG | Effect.NEEDS_RESET
 
@@ -1181,6 +1185,8 @@ SETUP = """
     from balloon.spec import Fault, Role, Status
     from balloon.testing import Driver, GuestRam
 
+    QUEUES, REPORTING = 4, 3
+
     def until(true):
         end = time.monotonic() + 30
         while not true():
@@ -1196,11 +1202,11 @@ SETUP = """
             self.memory.add_fd(self.fd, size)
             self.ram = GuestRam.of(self.memory)
             self.device = Balloon(self.memory)
-            self.kicks = [os.eventfd(0) for _ in range(3)]
+            self.kicks = [os.eventfd(0) for _ in range(QUEUES)]
             self.driver = Driver(self.ram, self.device, queue_size=32, kick=self.kick, timeout=30)
             self.driver.start(poison=0)
             if attach:
-                for index in range(3):
+                for index in range(QUEUES):
                     worker.attach(self.device.queue(index), self.kicks[index])
 
         def kick(self, index):
@@ -1223,30 +1229,30 @@ def test_contract_18_sigbus_under_a_ring_is_survived() -> None:
         one, two = Guest(worker), Guest(worker)
         one.report(), two.report()
         os.ftruncate(one.fd, 0)
-        for index in range(3):
+        for index in range(QUEUES):
             one.kick(index)
         faults = []
-        until(lambda: faults.extend(worker.take_events()) or len(faults) == 3)
-        assert {(kind, queue.index) for kind, queue, _ in faults} == {("fault", n) for n in range(3)}, faults
+        until(lambda: faults.extend(worker.take_events()) or len(faults) == QUEUES)
+        assert {(kind, queue.index) for kind, queue, _ in faults} == {("fault", n) for n in range(QUEUES)}, faults
         for _, queue, _ in faults:
             assert queue.fault is Fault.BUS_ERROR
             one.device.fault(queue)
         assert one.device.status & Status.NEEDS_RESET
         for n in range(20):
             two.report(n)
-            one.kick(n % 3)
-        for index in range(3):
+            one.kick(n % QUEUES)
+        for index in range(QUEUES):
             worker.wait_detached(one.device.queue(index))
         one.device.write_status(0)
-        assert one.device.counters.faults["bus_error"] == 3
+        assert one.device.counters.faults["bus_error"] == QUEUES
         one.memory.close()
         for n in range(20):
             two.report(n)
         # A third one, with the same worker, may meet it as well.
         three = Guest(worker)
         os.ftruncate(three.fd, 0)
-        three.kick(2)
-        until(lambda: three.device.queue(2).fault is Fault.BUS_ERROR)
+        three.kick(REPORTING)
+        until(lambda: three.device.queue(REPORTING).fault is Fault.BUS_ERROR)
         two.report(5)
         worker.close()
         print("alive")
@@ -1299,14 +1305,14 @@ def test_contract_18_sigbus_when_a_chain_is_cut() -> None:
         with faults.system_calls(fallocate=fallocate):
             size = (512 << 20) - guest.driver.end_of_rings
             guest.driver.queues[Role.REPORTING].post([(guest.driver.end_of_rings, size, True)] * 32)
-            guest.kick(2)
+            guest.kick(REPORTING)
             inside.wait(30)
             os.ftruncate(guest.fd, 0)
-            worker.detach(guest.device.queue(2))
+            worker.detach(guest.device.queue(REPORTING))
             go.set()
-            worker.wait_detached(guest.device.queue(2))
+            worker.wait_detached(guest.device.queue(REPORTING))
         other.report()
-        guest.device.stop_queue(2)
+        guest.device.stop_queue(REPORTING)
         worker.close()
         print("alive")
         """)
@@ -1367,7 +1373,7 @@ def test_contract_18_no_handler_unless_asked_for() -> None:
         assert caught() == before
         print("before", flush=True)
         os.ftruncate(guest.fd, 0)
-        guest.kick(2)
+        guest.kick(REPORTING)
         time.sleep(30)
     """)
     assert (done.returncode, done.stdout) == (-signal.SIGBUS, "before\n")
@@ -1386,7 +1392,7 @@ def test_contract_4_a_device_that_is_dropped_while_its_queue_is_attached(how: st
             device = Balloon(memory)
             Driver(GuestRam.of(memory), device, queue_size=32).start()
             kick = os.eventfd(0)
-            worker.attach(device.queue(2), kick)
+            worker.attach(device.queue(REPORTING), kick)
             return kick, memory, buffer
 
         kick, memory, buffer = make()
@@ -1414,7 +1420,7 @@ def test_a_kick_fd_that_was_closed_too_early() -> None:
             guest = Guest(worker, attach=False)
             kick = os.eventfd(0)
             far = os.dup(kick)
-            queue = guest.device.queue(2)
+            queue = guest.device.queue(REPORTING)
             worker.attach(queue, kick)
             os.close(kick)
             worker.wait_detached(queue)
@@ -1482,7 +1488,7 @@ def test_contract_11_no_thread_and_no_handler_by_importing() -> None:
                 rows = dict(line.rstrip().split(":", 1) for line in status)
             return rows["SigCgt"], rows["SigBlk"], len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
-        import ctypes, mmap, threading  # what it imports itself may do what it likes
+        import ctypes, mmap, threading, numpy  # what it imports itself may do what it likes
         before = state()
         import balloon
         import balloon._worker
@@ -1514,7 +1520,7 @@ def test_contract_11_the_worker_ends_before_the_interpreter(busy: bool) -> None:
             queue = guest.driver.queues[Role.REPORTING]
             size = (4 << 20) - guest.driver.end_of_rings
             queue.post([(guest.driver.end_of_rings, size, True)] * 30)
-            guest.kick(2)
+            guest.kick(REPORTING)
     """)
     assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n", "")
 
@@ -1545,8 +1551,8 @@ def test_contract_11_every_worker_is_closed_at_exit_though_one_is_stuck() -> Non
         _set_system_calls(fallocate=ctypes.cast(libc.pause, ctypes.c_void_p).value)
         queue = guests[0].driver.queues[Role.REPORTING]
         queue.post([(guests[0].driver.end_of_rings, 4096, True)])
-        guests[0].kick(2)
-        until(lambda: guests[0].device.queue(2).counts()["chains"] == 1)
+        guests[0].kick(REPORTING)
+        until(lambda: guests[0].device.queue(REPORTING).counts()["chains"] == 1)
 
         def last():
             names = [thread.name for thread in threading.enumerate()]

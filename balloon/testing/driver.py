@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from balloon.device import Balloon, Effect
 from balloon.errors import BalloonError, ConfigError
-from balloon.spec import Feature, Role, Status
+from balloon.spec import HINT_STOP, QUEUE_COUNT, Config, Feature, Role, Status
 from balloon.testing import _shared
 from balloon.testing.ram import GuestRam
 
@@ -26,6 +26,7 @@ __all__ = ["Buffer", "DeviceError", "Driver", "DriverQueue"]
 
 DESCRIPTOR: Final = np.dtype([("address", "<u8"), ("length", "<u4"), ("flags", "<u2"), ("next", "<u2")])
 USED: Final = np.dtype([("head", "<u4"), ("length", "<u4")])
+STATISTIC: Final = np.dtype([("tag", "<u2"), ("value", "<u8")])
 NEXT, WRITE, INDIRECT = 1, 2, 4
 PAGE: Final = 4096
 
@@ -158,9 +159,11 @@ class DriverQueue:
 class Driver:
     """A small driver for one balloon device.
 
-    It negotiates, lays its queues out at `ring_address` of guest memory, and inflates, deflates and reports.
-    Without `kick` it calls `device.notify()` itself; else `kick(index)` has to reach whoever serves the
-    queue, and `call_fds[index]`, if there is one, is waited on.
+    It negotiates, lays its queues out at `ring_address` of guest memory, and inflates, deflates, reports,
+    hints and sends statistics. With `stats`, values by their tags, the device has a statistics buffer from
+    the start on, as Linux gives it one; without, `post_stats()` is the first. Without `kick` it
+    calls `device.notify()` itself; else `kick(index)` has to reach whoever serves the queue, and
+    `call_fds[index]`, if there is one, is waited on.
     """
 
     def __init__(
@@ -173,12 +176,14 @@ class Driver:
         ring_address: int = 0,
         kick: Callable[[int], None] | None = None,
         timeout: float = 10.0,
+        stats: Mapping[int, int] | None = None,
     ) -> None:
         self.ram = ram
         self.device = device
         self.features = device.device_features if features is None else features
         self.queue_size = queue_size
         self.timeout = timeout
+        self.stats = stats
         self.call_fds: dict[int, int] = {}
         self.effects = Effect.NONE
         self._kick = kick
@@ -193,12 +198,14 @@ class Driver:
         self.device.set_driver_features(self.features)
         self.device.write_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
         if self.features & Feature.PAGE_POISON:
-            self.device.write_config(12, (poison or 0).to_bytes(4, "little"))
-        for index in range(5):
+            self.device.write_config(Config.POISON_VAL, (poison or 0).to_bytes(4, "little"))
+        for index in range(QUEUE_COUNT):
             role = self.device.role(index)
-            if role in (Role.INFLATE, Role.DEFLATE, Role.REPORTING):
+            if role is not None:
                 self.start_queue(index, role)
         self.device.write_status(self.device.status | Status.DRIVER_OK)
+        if self.stats is not None and Role.STATS in self.queues:
+            self.post_stats()
 
     def lay_out(self, role: Role) -> DriverQueue:
         """Make the driver's side of a queue at the next free place."""
@@ -237,9 +244,13 @@ class Driver:
             if self._kick is not None:
                 self._kick(self.indices[role])
                 return effect
-            effect = self.device.notify(self.indices[role])
-            while effect & Effect.NOTIFY_AGAIN:
-                effect = (effect & ~Effect.NOTIFY_AGAIN) | self.device.notify(self.indices[role])
+            index = self.indices[role]
+            effect = self.device.notify(index)
+            while effect & (Effect.NOTIFY_AGAIN | Effect.NOTIFY_LATER):
+                if effect & Effect.NOTIFY_LATER:  # the reclaim rate is used up
+                    time.sleep(self.device.queue(index).wait_seconds)
+                effect &= ~(Effect.NOTIFY_AGAIN | Effect.NOTIFY_LATER)
+                effect |= self.device.notify(index)
         self.effects |= effect
         return effect
 
@@ -294,6 +305,50 @@ class Driver:
             self.kick(Role.REPORTING)
             self.wait(Role.REPORTING, [head])
 
+    def post_stats(self, values: Mapping[int, int] | bytes | None = None) -> int:
+        """Give the device a statistics buffer: values by their tags, raw bytes, or `stats`; returns its head.
+
+        The device keeps it until it asks for another one.
+
+        :raise ConfigError: more than 4096 bytes.
+        """
+        if not isinstance(values, bytes):
+            pairs = self.stats if values is None else values
+            values = np.array(list((pairs or {}).items()), dtype=STATISTIC).tobytes()
+        if len(values) > PAGE:
+            raise ConfigError(f"{len(values)} bytes of statistics are more than a page")
+        queue = self.queues[Role.STATS]
+        self.ram.view(queue.end, len(values))[:] = np.frombuffer(values, dtype=np.uint8)
+        head = queue.post([(queue.end, len(values), False)])
+        self.kick(Role.STATS)
+        return head
+
+    def answer_stats(self, values: Mapping[int, int] | bytes | None = None) -> None:
+        """Wait until the device uses the statistics buffer, which is how it asks, and post it anew.
+
+        :raise TimeoutError: it does not ask, within the driver's time-out.
+        """
+        self.wait(Role.STATS, list(self.queues[Role.STATS].posted))
+        self.post_stats(values)
+
+    def hint(self, ranges: Iterable[tuple[int, int]], command_id: int | None = None) -> int:
+        """Say that ranges, (guest address, size in bytes), are free, as Linux does, and wait for the device.
+
+        The command id, by default the one that the device shows, then a buffer for each range, then STOP.
+        Returns the id. The pages are to be kept until the device shows DONE or another id.
+        """
+        queue = self.queues[Role.HINTING]
+        if command_id is None:
+            shown = self.device.read_config(Config.FREE_PAGE_HINT_CMD_ID, 4)
+            command_id = int.from_bytes(shown, "little")
+        self.ram.array(queue.end, "<u4", 2)[:] = command_id, HINT_STOP
+        buffers = [(queue.end, 4, False), *((a, n, True) for a, n in ranges), (queue.end + 4, 4, False)]
+        for start in range(0, len(buffers), queue.size):
+            heads = [queue.post([buffer]) for buffer in buffers[start : start + queue.size]]
+            self.kick(Role.HINTING)
+            self.wait(Role.HINTING, heads)
+        return command_id
+
     def set_actual(self, pages: int) -> Any:
         """Tell the device how many pages the balloon holds."""
-        return self.device.write_config(4, pages.to_bytes(4, "little"))
+        return self.device.write_config(Config.ACTUAL, pages.to_bytes(4, "little"))

@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from typing import Any, Literal
 
 import numpy as np
@@ -168,3 +169,69 @@ def test_flip_writes_both_and_stops() -> None:
     assert _shared.flip(ctypes.addressof(word), b"aaaa", b"bbbb", ctypes.addressof(stop)) == 0
     with pytest.raises(ValueError, match="same size"):
         _shared.flip(ctypes.addressof(word), b"aa", b"bbbb", ctypes.addressof(stop))
+
+
+def test_statistics_are_posted_at_the_start_and_anew_when_they_are_asked_for() -> None:
+    with GuestMemory(mmap.mmap(-1, MIB)) as memory:
+        device = Balloon(memory)
+        driver = Driver(GuestRam.of(memory), device, stats={4: 5 * MIB, 99: 2**64 - 2})
+        driver.start()
+        assert device.stats is not None
+        assert (device.stats.free_bytes, dict(device.stats.unknown)) == (5 * MIB, {99: 2**64 - 2})
+        assert driver.queues[Role.STATS].take_used() == []
+        for answer, expected in (({4: 7}, 7), (b"\4\0" + b"\1" + bytes(7), 1), (None, 5 * MIB)):
+            request, _ = device.request_stats(now=0.0)
+            driver.answer_stats(answer)
+            assert (device.stats.token, device.stats.free_bytes) == (request.token, expected)
+        driver.timeout = 0.05
+        with pytest.raises(TimeoutError, match="STATS"):
+            driver.answer_stats()
+        with pytest.raises(balloon.ConfigError, match="more than a page"):
+            driver.post_stats(bytes(4097))
+
+
+def test_without_statistics_none_are_posted() -> None:
+    with GuestMemory(mmap.mmap(-1, MIB)) as memory:
+        device = Balloon(memory)
+        driver = Driver(GuestRam.of(memory), device)
+        driver.start()
+        assert set(driver.queues) == {Role.INFLATE, Role.DEFLATE, Role.STATS, Role.REPORTING}
+        assert device.counters.chains == 0
+        driver.post_stats({4: 1})
+        assert device.stats is not None
+        assert device.stats.free_bytes == 1
+
+
+def test_hints_are_sent_under_the_id_that_is_shown_or_another() -> None:
+    with GuestMemory(mmap.mmap(-1, MIB)) as memory:
+        device = Balloon(memory, hinting=True)
+        driver = Driver(GuestRam.of(memory), device, queue_size=32)
+        driver.start()
+        started, effect = device.start_hinting()
+        assert effect is balloon.Effect.NOTIFY_CONFIG
+        ranges = [
+            (512 * 1024 + 8192 * number, 4096) for number in range(50)
+        ]  # more than the ring has room for
+        assert driver.hint(ranges, command_id=started.id ^ 1) == started.id ^ 1
+        assert device.hinted_ranges().tolist() == []
+        assert driver.hint(ranges) == started.id
+        assert device.hinted_ranges().tolist() == [list(one) for one in ranges]
+        assert device.read_config(8, 4) == (1).to_bytes(4, "little")
+        counters = device.counters
+        assert counters.hinted_bytes == 2 * counters.stale_hint_bytes == 2 * 50 * 4096
+        assert not any(counters.faults.values())
+
+
+def test_a_kick_waits_where_the_rate_is_used_up() -> None:
+    with GuestMemory(mmap.mmap(-1, 8 * MIB)) as memory:
+        device = Balloon(memory)
+        driver = Driver(GuestRam.of(memory), device)
+        driver.start()
+        driver.ram.view(2 * MIB, 6 * MIB)[:] = 1
+        device.set_reclaim_rate(2 * MIB)
+        began = time.monotonic()
+        driver.report([(2 * MIB, 3 * MIB)])  # one MiB on credit, which the next one waits for
+        driver.report([(5 * MIB, 3 * MIB)])
+        assert 0.4 < time.monotonic() - began < 5
+        assert not driver.ram.view(2 * MIB, 6 * MIB).any()
+        assert not driver.effects & balloon.Effect.NOTIFY_LATER

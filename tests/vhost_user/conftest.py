@@ -46,6 +46,9 @@ class Edge:
     base = 0x134E9000
     size = 4 << 20
     user = 0x7F12_0000_0000
+    rings = (0, 1, 2, 3)
+    """All that a driver has which takes what a device offers by default."""
+    reporting = 3
 
     def __init__(self, **options: Any) -> None:
         self.memory = GuestMemory()
@@ -205,7 +208,7 @@ class Edge:
     def enable(self, index: int, on: bool = True) -> bytes | None:
         return self.send(Request.SET_VRING_ENABLE, self.state(index, on))
 
-    def start(self, indices: tuple[int, ...] = (0, 1, 2), features: int | None = None) -> None:
+    def start(self, indices: tuple[int, ...] = rings, features: int | None = None) -> None:
         """Negotiate, map, and start rings, as User-mode Linux does."""
         self.negotiate(features=features)
         self.map()

@@ -69,9 +69,9 @@ def test_pitfall_04_without_bit_30_only_set_features_says_that_the_driver_is_gon
     features = edge.number(Request.GET_FEATURES) & ~(BIT_30 | Feature.PAGE_POISON)
     edge.demand(Request.SET_FEATURES, edge.u64(features))
     edge.map()
-    for index in range(3):
+    for index in edge.rings:
         edge.set_up(index)
-    for index in range(3):
+    for index in edge.rings:
         edge.kick(index)
     queue = edge.driver(0)
     edge.log.clear()
@@ -82,11 +82,11 @@ def test_pitfall_04_without_bit_30_only_set_features_says_that_the_driver_is_gon
     assert edge.device.queues == {}
     assert set(edge.kicks.values()) == {None}
     edge.map()
-    for index in range(3):
+    for index in edge.rings:
         edge.set_up(index)
         assert edge.attached == set(range(index))  # neither the old kick nor the old address starts a ring
         edge.kick(index)
-    assert edge.attached == {0, 1, 2}
+    assert edge.attached == set(edge.rings)
 
 
 def test_pitfall_06_inband_notifications_are_never_offered(edge: Any) -> None:
@@ -100,6 +100,17 @@ def test_pitfall_06_inband_notifications_are_never_offered(edge: Any) -> None:
 
 def test_pitfall_07_queue_numbers_are_dense_over_what_was_accepted(edge: Any) -> None:
     edge.start()
+    assert [edge.device.queue(index).role for index in edge.rings] == [
+        Role.INFLATE,
+        Role.DEFLATE,
+        Role.STATS,
+        Role.REPORTING,
+    ]
+
+
+def test_pitfall_07_without_statistics_reporting_moves_up(edge: Any) -> None:
+    features = edge.number(Request.GET_FEATURES) & ~Feature.STATS_VQ
+    edge.start((0, 1, 2), features=features)
     assert [edge.device.queue(index).role for index in range(3)] == [
         Role.INFLATE,
         Role.DEFLATE,
@@ -109,12 +120,12 @@ def test_pitfall_07_queue_numbers_are_dense_over_what_was_accepted(edge: Any) ->
 
 def test_pitfall_07_a_ring_without_a_role_stays_stopped(edge_class: Any) -> None:
     edge = edge_class(reporting=False)
-    edge.start((0, 1))
-    edge.set_up(2)
-    assert edge.enable(2) == OK
-    assert edge.kick(2) == OK
-    assert edge.attached == {0, 1}
-    assert "ring 2 stays stopped" in edge.warnings[-1]
+    edge.start((0, 1, 2))
+    edge.set_up(3)
+    assert edge.enable(3) == OK
+    assert edge.kick(3) == OK
+    assert edge.attached == {0, 1, 2}
+    assert "ring 3 stays stopped" in edge.warnings[-1]
     edge.close()
 
 
@@ -191,25 +202,25 @@ def test_pitfall_13_disable_is_answered_only_when_the_ring_is_quiet(edge: Any) -
 
 def test_pitfall_13_rmmod_and_insmod_on_one_connection(edge: Any) -> None:
     edge.start()
-    queue = edge.driver(2)
+    queue = edge.driver(edge.reporting)
     queue.post([(edge.base + 0x100000, 0x10000, True)])
-    edge.device.notify(2)
+    edge.device.notify(edge.reporting)
     edge.demand(Request.SET_CONFIG, edge.config(4, 4, 0, bytes(4)))
-    for index in (2, 1, 0):
+    for index in reversed(edge.rings):
         edge.enable(index, False)
     assert edge.device.queues == {}
     edge.number(Request.GET_FEATURES)
     edge.demand(Request.SET_FEATURES, edge.u64(edge.number(Request.GET_FEATURES) & ~Feature.EVENT_IDX))
     edge.map()
-    edge.driver(2)
-    for index in range(3):
+    edge.driver(edge.reporting)
+    for index in edge.rings:
         edge.set_up(index, base=0)
     assert edge.attached == set()
-    for index in range(3):
+    for index in edge.rings:
         edge.kick(index)
         edge.enable(index)
-    assert edge.attached == {0, 1, 2}
-    assert edge.device.queue(2).next_available == 0
+    assert edge.attached == set(edge.rings)
+    assert edge.device.queue(edge.reporting).next_available == 0
     assert edge.device.counters.chains == 1  # counters go over all lives of a device
 
 
@@ -217,9 +228,9 @@ def test_pitfall_14_after_a_stop_actual_is_stale_and_the_target_still_stands(edg
     edge = edge_class(target_bytes=1 << 20)
     edge.start()
     edge.demand(Request.SET_CONFIG, edge.config(4, 4, 0, struct.pack("<I", 256)))
-    for index in range(3):
+    for index in edge.rings:
         edge.enable(index, False)
-    for index in range(3):
+    for index in edge.rings:
         assert edge.send(Request.GET_VRING_BASE, edge.state(index, 0), flags=1) == edge.state(index, 0)
     assert edge.device.target_bytes == 1 << 20
     answer = edge.send(Request.GET_CONFIG, edge.config(0, 8), flags=1)
@@ -230,9 +241,9 @@ def test_pitfall_14_after_a_stop_actual_is_stale_and_the_target_still_stands(edg
 def test_pitfall_16_a_reporting_ring_below_32_entries_is_refused(edge: Any) -> None:
     edge.negotiate()
     edge.map()
-    edge.set_up(2, size=16)
-    edge.kick(2)
-    assert edge.enable(2) == FAILED
+    edge.set_up(edge.reporting, size=16)
+    edge.kick(edge.reporting)
+    assert edge.enable(edge.reporting) == FAILED
     assert edge.warnings == ["SET_VRING_ENABLE refused: a ring for reporting has at least 32 entries, not 16"]
     assert edge.attached == set()
     edge.set_up(0, size=16)  # the others may be small
