@@ -37,6 +37,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("device",),
     ("mmio", "pci", "vhost_user", "testing"),
     ("control", "metrics", "plot", "sockets"),
+    ("session",),
     ("serve", "demo"),
     ("__init__",),
     ("cli",),
