@@ -18,8 +18,10 @@ from balloon import sockets
 from balloon._worker import Worker
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
+from balloon.guest import check_interval
 from balloon.memory import GuestMemory
 from balloon.session import Event, Session
+from balloon.spec import Feature
 
 if TYPE_CHECKING:
     from balloon._queue import DataQueue
@@ -39,7 +41,7 @@ class Server:
 
     It listens at `path`, or takes `fd`: a socket that listens, or one that is connected. `make_device` makes
     the device of one front-end. With `once` it ends after the first front-end went away, as it does with a
-    connected `fd`. `on_event` gets a dict for each event: "listening", "connected", "started",
+    connected `fd`. `on_event` gets a dict for each event: "listening", "connected", "started", "stats",
     "disconnected".
 
     With `survive_sigbus` a front-end that truncates its memory file costs its own rings and not the process;
@@ -69,6 +71,7 @@ class Server:
         self._on_event = on_event
         self._survive_sigbus = survive_sigbus
         self._sessions: dict[Session, asyncio.Task[None]] = {}
+        self._stats_interval: float | None = None
         self._count = 0
         self._stop = asyncio.Event()
         self._listener: socket.socket | None = None
@@ -85,6 +88,22 @@ class Server:
         :raise ConfigError: the size cannot be.
         """
         return sum(session.set_target(target_bytes) for session in self.sessions)
+
+    def set_stats_interval(self, seconds: float | None) -> None:
+        """Ask all guests, now and later ones, for statistics every so many seconds; None or 0 ends that.
+
+        Each update is a "stats" event. A session's own `set_stats_interval` holds until the next call of
+        this. Call it in the loop's thread.
+
+        :raise ConfigError: it is negative or not finite.
+        """
+        self._stats_interval = check_interval(seconds)
+        for session in self.sessions:
+            self._poll(session)
+
+    def _poll(self, session: Session) -> None:
+        if session.device.device_features & Feature.STATS_VQ:
+            session.set_stats_interval(self._stats_interval)
 
     def stop(self) -> None:
         """End `run`: hang up on every front-end and leave no socket behind. Call it in the loop's thread."""
@@ -183,6 +202,7 @@ class Server:
             return
         task = asyncio.get_running_loop().create_task(session.run())
         self._sessions[session] = task
+        self._poll(session)
         task.add_done_callback(lambda _: self._finish(session))
 
     def _finish(self, session: Session) -> None:
@@ -200,9 +220,7 @@ class Server:
                 if kind == "detached":
                     del self.owners[queue]
                     session.on_detached(queue, token)
-                elif kind == "fault":
-                    session.on_fault(queue)
-                elif kind == "refused":
-                    session.device.look_again()
+                else:
+                    session.on_event(kind, queue)
             except Exception:  # the events of other sessions come after this one
                 _log.exception("front-end %d: the event %r was lost", session.number, kind)

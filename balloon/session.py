@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from balloon import sockets, spec
 from balloon._worker import Worker
-from balloon.device import Balloon
+from balloon.device import Balloon, Effect
 from balloon.errors import BalloonError, ConfigError, PeerError, StateError
+from balloon.guest import Guest, is_rare
 from balloon.memory import GuestMemory
 from balloon.vhost_user import actions as do
 from balloon.vhost_user.backend import Backend
@@ -67,12 +68,12 @@ class _RingFds:
     err: int = -1
 
 
-class Session:
+class Session(Guest):
     """One front-end, from its connection to its end."""
 
     def __init__(self, server: Host, worker: Worker, sock: socket.socket, number: int) -> None:
-        self.number = number
-        """Counts the front-ends of a server, from 1."""
+        memory = GuestMemory()
+        super().__init__(server.make_device(memory), number)
         self._server = server
         self._worker = worker
         self._socket = sock
@@ -84,10 +85,8 @@ class Session:
         self._detaching: dict[int, asyncio.Future[None]] = {}
         self._started = False
         self._warnings: list[float] = []
-        self.memory = GuestMemory()
+        self.memory = memory
         """The guest's memory, as the front-end has described it."""
-        self.device = server.make_device(self.memory)
-        """The device. Its target is set through the session, so that the driver is told."""
         self.backend = Backend(self.device)
         """The state machine; only the session drives it."""
 
@@ -96,7 +95,7 @@ class Session:
 
         :raise ConfigError: the size cannot be.
         """
-        self._perform(self.backend.apply(self.device.set_target(target_bytes)), [])
+        self._apply(self.device.set_target(target_bytes))
         return self.backend.config_deliverable
 
     def hang_up(self) -> None:
@@ -124,7 +123,7 @@ class Session:
     async def run(self) -> None:
         """Serve the front-end until it goes away or breaks the protocol."""
         reason = "the front-end closed the connection"
-        self._server.report("connected", session=self.number, pid=sockets.peer_pid(self._socket))
+        self._report("connected", pid=sockets.peer_pid(self._socket))
         try:
             while True:
                 await self._handle(*await self._receive())
@@ -164,9 +163,10 @@ class Session:
             raise
         finally:
             sockets.close_fds(fds)
+        self._look_at_hinting()
         running = bool(self.backend.running)
         if running and not self._started:
-            self._server.report("started", session=self.number, features=self.device.driver_features)
+            self._report("started", features=self.device.driver_features)
         self._started = running
 
     def _perform(self, actions: Iterable[do.Action], fds: list[int]) -> do.Waiting | None:
@@ -224,11 +224,18 @@ class Session:
             return str(error)
         return None
 
+    @property
+    def _can_tell(self) -> bool:
+        return self.backend.config_deliverable
+
+    def _report(self, event: str, **details: Any) -> None:
+        self._server.report(event, session=self.number, **details)
+
+    def _apply(self, effect: Effect) -> None:
+        self._perform(self.backend.apply(effect), [])
+
     def _warn(self, text: str) -> None:
-        now = asyncio.get_running_loop().time()
-        self._warnings = [then for then in self._warnings if then > now - 60][-WARNINGS_MAX:]
-        self._warnings.append(now)
-        if len(self._warnings) <= WARNINGS_MAX:
+        if is_rare(self._warnings, WARNINGS_MAX):
             _log.warning("front-end %d: %s", self.number, text)
 
     def _send(self, data: bytes) -> None:
@@ -296,13 +303,15 @@ class Session:
         del self._attached[queue.index]
         self._detaching.pop(token).set_result(None)
 
-    def on_fault(self, queue: DataQueue) -> None:
-        """The worker has parked a queue."""
-        self._perform(self.backend.fault(queue.index), [])
+    def on_event(self, kind: str, queue: DataQueue) -> None:
+        """The worker tells of a queue that is attached: see `Worker.take_events()`."""
+        if kind == "fault":
+            self._perform(self.backend.fault(queue.index), [])
+        self._on_news(kind, queue)
 
     async def _close(self, reason: str) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_writer(self._socket)
+        self._let_go()
+        asyncio.get_running_loop().remove_writer(self._socket)
         self._socket.close()
         self._inbox.close()
         await self._detach(tuple(self._attached))
@@ -315,7 +324,7 @@ class Session:
             self.memory.close()
         except StateError:
             _log.exception("front-end %d: its memory stays mapped", self.number)
-        self._server.report("disconnected", session=self.number, reason=reason, **about)
+        self._report("disconnected", reason=reason, **about)
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

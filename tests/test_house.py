@@ -36,7 +36,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("virtio",),
     ("device",),
     ("mmio", "pci", "vhost_user", "testing"),
-    ("control", "metrics", "plot", "sockets"),
+    ("control", "metrics", "plot", "sockets", "guest"),
     ("session",),
     ("serve", "demo"),
     ("__init__",),

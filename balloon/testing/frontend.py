@@ -29,7 +29,7 @@ import numpy as np
 
 from balloon import spec
 from balloon.errors import StateError
-from balloon.spec import Feature
+from balloon.spec import ROLE_FEATURE, Feature, Role
 from balloon.testing.driver import DriverQueue
 from balloon.testing.ram import GuestRam
 from balloon.testing.wire import (
@@ -241,10 +241,20 @@ class FrontEnd(Wire):
         """Return a vring state."""
         return struct.pack("=II", index, number)
 
+    def ring_roles(self) -> list[Role]:
+        """Return what each ring is for: their numbers are dense over what was acknowledged."""
+        return [role for role in Role if (need := ROLE_FEATURE[role]) is None or self.features & need]
+
     def ring_count(self) -> int:
-        """Return how many rings the driver has: their numbers are dense over what was acknowledged."""
-        wanted = (Feature.STATS_VQ, Feature.FREE_PAGE_HINT, Feature.REPORTING)
-        return 2 + sum(bool(self.features & feature) for feature in wanted)
+        """Return how many rings the driver has."""
+        return len(self.ring_roles())
+
+    def index_of(self, role: Role) -> int:
+        """Return the number of the ring with this role.
+
+        :raise ValueError: there is none.
+        """
+        return self.ring_roles().index(role)
 
     def clear_rings(self) -> None:
         """Make all rings empty, as a new driver finds them."""
