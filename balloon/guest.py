@@ -128,7 +128,7 @@ class Guest:
         if self._poller is not None:
             self._poller.cancel()
             self._poller = None
-        if seconds and not self._closed:
+        if seconds:
             self._poller = asyncio.get_running_loop().create_task(self._poll(seconds))
 
     async def _poll(self, seconds: float) -> None:

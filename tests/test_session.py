@@ -224,9 +224,11 @@ def test_statistics_that_were_not_offered(run: Callable[..., Running], path: Pat
 
 
 def test_polling_of_all_guests_now_and_later(running: Running, path: Path) -> None:
-    with FrontEnd.connect(path) as one, FrontEnd.connect(path) as two:
+    with contextlib.ExitStack() as stack:
+        one = stack.enter_context(FrontEnd.connect(path))
         one.start_like_uml()
         running.call(running.server.set_stats_interval, 0.01)
+        two = stack.enter_context(FrontEnd.connect(path))
         two.start_like_uml()
         guests = [Statistics(one), Statistics(two)]
         for guest_ in guests:
@@ -604,19 +606,24 @@ def test_who_waits_for_a_guest_that_goes_away_is_let_go(running: Running, path: 
         front_end.start_like_uml()
         running.wait("started")
         session = running.session
-        running.call(session.set_stats_interval, 0.01)
-        Statistics(front_end).post({FREE: 1})
+        running.call(session.set_stats_interval, 1000)
+        statistics = Statistics(front_end)
+        statistics.post({FREE: 1})
+        statistics.answer({FREE: 2})
+        while running.wait("stats")["token"] is None:
+            pass
         waits = [running.request(), running.hint(), running.request()]
     for wait in waits:
         with pytest.raises(StateError, match="front-end 1 went away"):
             wait.result(10)
     running.wait("disconnected")
+    wait_until(lambda: running.call(count_polls) == 0)
     for function in (session.request_stats, session.hint):
         with pytest.raises(StateError, match="went away"):
             running.begin(function()).result(10)
     running.call(session.finish_hinting)
     running.call(session.set_stats_interval, 1)
-    wait_until(lambda: running.call(count_polls) == 0)
+    assert running.call(count_polls) == 0
 
 
 def count_polls() -> int:
