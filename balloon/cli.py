@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
+import math
 import re
 import signal
 import sys
@@ -30,6 +32,14 @@ def parse_size(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or 512M, 2G")
     return int(match[1]) * SUFFIXES[match[2].upper()]
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds, not negative and finite."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,6 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
         ("page-poison", True, "page poisoning, which lets more guests report"),
         ("must-tell-host", True, "the guest asks before it takes pages back"),
         ("deflate-on-oom", False, "the guest takes pages back before it kills a process"),
+        ("stats", True, "the guest's own view of its memory"),
+        ("hinting", False, "the guest can be asked which memory it does not use; nothing is discarded"),
     ):
         serve.add_argument(
             f"--{name}",
@@ -76,6 +88,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=0,
         metavar="SIZE",
         help="what the balloon is to hold, taken from the guest: bytes, or 512M, 2G (default: 0)",
+    )
+    serve.add_argument(
+        "--stats-interval",
+        type=parse_seconds,
+        default=0,
+        metavar="SECONDS",
+        help="ask each guest for statistics this often; --json prints them (default: 0, never)",
     )
     return parser
 
@@ -92,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if (options.socket_path is None) == (options.fd is None):
             parser.error("serve needs --socket-path=PATH or --fd=N, one of them")
+        if options.stats_interval and not options.stats:
+            parser.error("--stats-interval needs statistics: leave --no-stats away")
         return serve(options)
     except (BalloonError, OSError) as error:
         print(f"balloon: {error}", file=sys.stderr)
@@ -111,6 +132,8 @@ def serve(options: argparse.Namespace) -> int:
             page_poison=options.page_poison,
             must_tell_host=options.must_tell_host,
             deflate_on_oom=options.deflate_on_oom,
+            stats=options.stats,
+            hinting=options.hinting,
             target_bytes=options.target,
         )
 
@@ -128,6 +151,7 @@ def serve(options: argparse.Namespace) -> int:
             once=options.once,
             on_event=tell if options.json else None,
         )
+        server.set_stats_interval(options.stats_interval)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, server.stop)

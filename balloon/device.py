@@ -146,12 +146,15 @@ class Balloon(VirtioDevice):
         """The last updates, oldest first: a read-only array of type `balloon.stats.HISTORY`."""
         return self._stats.history
 
-    def request_stats(self, now: float, timeout: float = 5.0) -> tuple[StatsRequest, Effect]:
+    def request_stats(
+        self, now: float, timeout: float = 5.0, *, serve: bool = True
+    ) -> tuple[StatsRequest, Effect]:
         """Ask the guest for statistics that are newer than this call.
 
         `now` is a moment of the caller's clock and the deadline another one. The request is answered when
         `stats.token` has come to its token; call `expire_stats()` at the deadline. It is kept while the
-        driver is not up, or while the guest's buffer is out.
+        driver is not up, or while the guest's buffer is out. A queue that is not attached is served here,
+        unless `serve` is false: then it is left to the worker that it is on its way to, or comes from.
 
         :raise ConfigError: the timeout is not above 0 and finite.
         :raise StateError: STATS_VQ was not offered.
@@ -161,7 +164,7 @@ class Balloon(VirtioDevice):
         request = self._stats.request(now, timeout)
         queue = self._queue_of(Role.STATS)
         effect = Effect.NONE
-        if queue is not None and self._ask_for_statistics(queue) and self._plane.worker is None:
+        if queue is not None and self._ask_for_statistics(queue) and serve and self._plane.worker is None:
             effect = self.notify(queue.index)
         return request, effect
 

@@ -1,37 +1,27 @@
-"""The vhost-user server: the only file that sleeps.
+"""The vhost-user server: it listens, and tells sessions what the worker has to tell.
 
-One `Server` listens, and has one `Session` for each front-end that is connected, each with guest memory, a
-device and a state machine of its own. All sessions share one worker thread, which serves their rings without
-this one. Rules:
-
-* Nothing here waits but in `await`, and no front-end can make another one wait: what is sent is sent without
-  blocking, and a front-end that does not read its answers is closed.
-* A message is read to its last byte and not further, so that the fds of two messages do not mix.
-* Every fd that came has one owner: the message until it is done with, then the ring that it was meant for.
-  Both close theirs.
-* A front-end that breaks the protocol costs its own session, and one line in the log.
+One `Server` has one `Session` for each front-end that is connected, each with guest memory, a device and a
+state machine of its own. All sessions share one worker thread, which serves their rings without this one.
+No front-end can make another one wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import logging
-import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
-from balloon import sockets, spec
+from balloon import sockets
 from balloon._worker import Worker
 from balloon.device import Balloon
-from balloon.errors import BalloonError, ConfigError, PeerError, StateError
+from balloon.errors import ConfigError, StateError
+from balloon.guest import check_interval
 from balloon.memory import GuestMemory
-from balloon.vhost_user import actions as do
-from balloon.vhost_user.backend import Backend
-from balloon.vhost_user.messages import Message
+from balloon.session import Event, Session
+from balloon.spec import Feature
 
 if TYPE_CHECKING:
     from balloon._queue import DataQueue
@@ -42,274 +32,8 @@ SESSIONS_MAX: Final = 64
 """Front-ends served at once; one more is hung up on."""
 ACCEPT_PAUSE_SECONDS: Final = 1.0
 """How long no front-end is accepted after the host had no fd left for one."""
-SLOW_SECONDS: Final = 10.0
-"""After how long a ring that does not become quiet is worth a line in the log."""
-WARNINGS_MAX: Final = 20
-"""Lines in the log for one front-end in a minute: neither it nor its guest may fill the host's log."""
-
-Event: TypeAlias = dict[str, Any]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class _RingFds:
-    """The fds of one ring; they belong to the session."""
-
-    kick: int = -1
-    call: int = -1
-    err: int = -1
-
-
-class Session:
-    """One front-end, from its connection to its end."""
-
-    def __init__(self, server: Server, worker: Worker, sock: socket.socket, number: int) -> None:
-        self.number = number
-        """Counts the front-ends of a server, from 1."""
-        self._server = server
-        self._worker = worker
-        self._socket = sock
-        self._inbox = sockets.Inbox(sock)
-        self._outbox = sockets.Outbox(sock)
-        self._channel: sockets.Channel | None = None
-        self._rings = [_RingFds() for _ in range(spec.QUEUE_COUNT)]
-        self._attached: dict[int, DataQueue] = {}
-        self._detaching: dict[int, asyncio.Future[None]] = {}
-        self._started = False
-        self._warnings: list[float] = []
-        self.memory = GuestMemory()
-        """The guest's memory, as the front-end has described it."""
-        self.device = server.make_device(self.memory)
-        """The device. Its target is set through the session, so that the driver is told."""
-        self.backend = Backend(self.device)
-        """The state machine; only the session drives it."""
-
-    def set_target(self, target_bytes: int) -> bool:
-        """Ask the driver for a balloon of this size; false if the front-end has no way to be told.
-
-        :raise ConfigError: the size cannot be.
-        """
-        self._perform(self.backend.apply(self.device.set_target(target_bytes)), [])
-        return self.backend.config_deliverable
-
-    def hang_up(self) -> None:
-        """End the session as if the front-end had closed the connection."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def describe(self) -> Event:
-        """Return the device's counters and the regions of its memory, as plain data."""
-        return {
-            "counters": dataclasses.asdict(self.device.counters),
-            "actual_bytes": self.device.actual_bytes,
-            "target_bytes": self.device.target_bytes,
-            "regions": [
-                {
-                    "guest_address": region.guest_address,
-                    "size": region.size,
-                    "method": region.method,
-                    "reason": region.reason,
-                }
-                for region in self.memory.regions
-            ],
-        }
-
-    async def run(self) -> None:
-        """Serve the front-end until it goes away or breaks the protocol."""
-        reason = "the front-end closed the connection"
-        self._server.report("connected", session=self.number, pid=sockets.peer_pid(self._socket))
-        try:
-            while True:
-                await self._handle(*await self._receive())
-                await asyncio.sleep(0)  # a front-end that sends without end must not keep the others waiting
-        except sockets.HungUp:
-            pass
-        except PeerError as error:
-            reason = str(error)
-            _log.warning("front-end %d: %s; connection closed", self.number, reason)
-        except Exception as error:
-            reason = f"internal error: {error!r}"
-            _log.exception("front-end %d: connection closed after an error of ours", self.number)
-        finally:
-            await self._close(reason)
-
-    # Messages and actions.
-
-    async def _receive(self) -> tuple[Message, list[int]]:
-        loop = asyncio.get_running_loop()
-        while (received := self._inbox.receive()) is None:
-            readable = loop.create_future()
-            loop.add_reader(self._socket, _resolve, readable)
-            try:
-                await readable
-            finally:
-                loop.remove_reader(self._socket)
-        return received
-
-    async def _handle(self, message: Message, fds: list[int]) -> None:
-        try:
-            actions = self.backend.receive(message, fds)
-            while (waiting := self._perform(actions, fds)) is not None:
-                actions = self.backend.resume(waiting.token, await self._wait_for(waiting))
-        except PeerError:
-            with contextlib.suppress(PeerError):
-                self._send(self.backend.refusal(message))
-            raise
-        finally:
-            sockets.close_fds(fds)
-        running = bool(self.backend.running)
-        if running and not self._started:
-            self._server.report("started", session=self.number, features=self.device.driver_features)
-        self._started = running
-
-    def _perform(self, actions: Iterable[do.Action], fds: list[int]) -> do.Waiting | None:
-        """Carry out what takes no time; return the action that does, if there is one. It is the last."""
-        for action in actions:
-            match action:
-                case do.Reply(data):
-                    self._send(data)
-                case do.SetKick(index, fd):
-                    self._rings[index].kick = _replace(self._rings[index].kick, fd, fds)
-                case do.SetErr(index, fd):
-                    self._rings[index].err = _replace(self._rings[index].err, fd, fds)
-                    if fd is not None:
-                        with contextlib.suppress(OSError):
-                            os.set_blocking(fd, False)  # one that is full must not hold the loop
-                case do.SetCall(index, fd):
-                    self._set_call(index, fd, fds)
-                case do.SetChannel(fd):
-                    self._set_channel(fd, fds)
-                case do.Start(index):
-                    self._attach(index)
-                case do.SignalErr(index):
-                    sockets.signal(self._rings[index].err)
-                case do.NotifyConfig():
-                    if self._channel is not None:
-                        self._channel.notify_config()
-                        self._watch(self._channel.socket, self._channel)
-                case do.Warn(text):
-                    self._warn(text)
-                case do.Quiesce() | do.MapTable() | do.MapRegion() | do.UnmapRegion():
-                    return action
-        return None
-
-    async def _wait_for(self, action: do.Waiting) -> str | None:
-        """Carry out an action that takes time or can fail; return why it failed."""
-        try:
-            match action:
-                case do.Quiesce(_, indices):
-                    await self._detach(indices)
-                case do.MapTable(_, regions):
-                    self.memory.replace(regions)
-                case do.MapRegion(_, region):
-                    self.memory.add_fd(
-                        region.fd,
-                        region.size,
-                        offset=region.offset,
-                        guest_address=region.guest_address,
-                        shared_file=region.shared_file,
-                    )
-                case do.UnmapRegion(_, guest_address):
-                    for known in self.memory.regions:
-                        if known.guest_address == guest_address:
-                            self.memory.remove(known)
-        except (ConfigError, StateError, OSError) as error:
-            return str(error)
-        return None
-
-    def _warn(self, text: str) -> None:
-        now = asyncio.get_running_loop().time()
-        self._warnings = [then for then in self._warnings if then > now - 60][-WARNINGS_MAX:]
-        self._warnings.append(now)
-        if len(self._warnings) <= WARNINGS_MAX:
-            _log.warning("front-end %d: %s", self.number, text)
-
-    def _send(self, data: bytes) -> None:
-        self._outbox.send(data)
-        self._watch(self._socket, self._outbox)
-
-    def _watch(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
-        """Go on sending when the socket can be written, for as long as something is unsent."""
-        loop = asyncio.get_running_loop()
-        if box.unsent:
-            loop.add_writer(sock, self._flush, sock, box)
-        else:
-            loop.remove_writer(sock)
-
-    def _flush(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
-        box.flush()
-        self._watch(sock, box)
-
-    # Rings and their fds.
-
-    def _attach(self, index: int) -> None:
-        queue = self.device.queue(index)
-        ring = self._rings[index]
-        try:
-            self._worker.attach(queue, ring.kick, ring.call)
-        except (BalloonError, OSError) as error:
-            raise PeerError(f"ring {index} cannot be served: {error}") from error
-        self._attached[index] = queue
-        self._server.owners[queue] = self
-
-    def _set_call(self, index: int, fd: int | None, fds: list[int]) -> None:
-        if index in self._attached:
-            try:
-                self._worker.set_call(self._attached[index], -1 if fd is None else fd)
-            except (BalloonError, OSError) as error:
-                raise PeerError(f"ring {index} cannot have this call fd: {error}") from error
-        self._rings[index].call = _replace(self._rings[index].call, fd, fds)
-
-    def _set_channel(self, fd: int, fds: list[int]) -> None:
-        self._close_channel()
-        fds.remove(fd)
-        self._channel = sockets.Channel(fd)
-
-    def _close_channel(self) -> None:
-        if self._channel is not None:
-            asyncio.get_running_loop().remove_writer(self._channel.socket)
-            self._channel.close()
-            self._channel = None
-
-    async def _detach(self, indices: Iterable[int]) -> None:
-        """Wait until the worker has let go of these rings."""
-        loop = asyncio.get_running_loop()
-        waits = set()
-        for queue in [self._attached[index] for index in indices if index in self._attached]:
-            token = self._worker.detach(queue)
-            waits.add(self._detaching.setdefault(token, loop.create_future()))
-        if waits:
-            _, late = await asyncio.wait(waits, timeout=SLOW_SECONDS)
-            if late:
-                self._warn(f"a ring is not quiet after {SLOW_SECONDS:g} s")
-                await asyncio.wait(late)
-
-    def on_detached(self, queue: DataQueue, token: int) -> None:
-        """The worker has let go of a queue."""
-        del self._attached[queue.index]
-        self._detaching.pop(token).set_result(None)
-
-    def on_fault(self, queue: DataQueue) -> None:
-        """The worker has parked a queue."""
-        self._perform(self.backend.fault(queue.index), [])
-
-    async def _close(self, reason: str) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_writer(self._socket)
-        self._socket.close()
-        self._inbox.close()
-        await self._detach(tuple(self._attached))
-        for ring in self._rings:
-            sockets.close_fds([fd for fd in (ring.kick, ring.call, ring.err) if fd >= 0])
-        self._close_channel()
-        self.backend.close()
-        about = self.describe()
-        try:
-            self.memory.close()
-        except StateError:
-            _log.exception("front-end %d: its memory stays mapped", self.number)
-        self._server.report("disconnected", session=self.number, reason=reason, **about)
 
 
 class Server:
@@ -317,7 +41,7 @@ class Server:
 
     It listens at `path`, or takes `fd`: a socket that listens, or one that is connected. `make_device` makes
     the device of one front-end. With `once` it ends after the first front-end went away, as it does with a
-    connected `fd`. `on_event` gets a dict for each event: "listening", "connected", "started",
+    connected `fd`. `on_event` gets a dict for each event: "listening", "connected", "started", "stats",
     "disconnected".
 
     With `survive_sigbus` a front-end that truncates its memory file costs its own rings and not the process;
@@ -347,6 +71,7 @@ class Server:
         self._on_event = on_event
         self._survive_sigbus = survive_sigbus
         self._sessions: dict[Session, asyncio.Task[None]] = {}
+        self._stats_interval: float | None = None
         self._count = 0
         self._stop = asyncio.Event()
         self._listener: socket.socket | None = None
@@ -363,6 +88,22 @@ class Server:
         :raise ConfigError: the size cannot be.
         """
         return sum(session.set_target(target_bytes) for session in self.sessions)
+
+    def set_stats_interval(self, seconds: float | None) -> None:
+        """Ask all guests, now and later ones, for statistics every so many seconds; None or 0 ends that.
+
+        Each update is a "stats" event. A session's own `set_stats_interval` holds until the next call of
+        this. Call it in the loop's thread.
+
+        :raise ConfigError: it is negative or not finite.
+        """
+        self._stats_interval = check_interval(seconds)
+        for session in self.sessions:
+            self._poll(session)
+
+    def _poll(self, session: Session) -> None:
+        if session.device.device_features & Feature.STATS_VQ:
+            session.set_stats_interval(self._stats_interval)
 
     def stop(self) -> None:
         """End `run`: hang up on every front-end and leave no socket behind. Call it in the loop's thread."""
@@ -461,6 +202,7 @@ class Server:
             return
         task = asyncio.get_running_loop().create_task(session.run())
         self._sessions[session] = task
+        self._poll(session)
         task.add_done_callback(lambda _: self._finish(session))
 
     def _finish(self, session: Session) -> None:
@@ -478,23 +220,7 @@ class Server:
                 if kind == "detached":
                     del self.owners[queue]
                     session.on_detached(queue, token)
-                elif kind == "fault":
-                    session.on_fault(queue)
-                elif kind == "refused":
-                    session.device.look_again()
+                else:
+                    session.on_event(kind, queue)
             except Exception:  # the events of other sessions come after this one
                 _log.exception("front-end %d: the event %r was lost", session.number, kind)
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _replace(old: int, fd: int | None, fds: list[int]) -> int:
-    """Close an fd of a ring and take another one out of a message's."""
-    if fd is not None:
-        fds.remove(fd)
-    if old >= 0:
-        os.close(old)
-    return -1 if fd is None else fd

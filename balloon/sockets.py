@@ -1,4 +1,4 @@
-"""UNIX sockets of a vhost-user back-end, never blocking and never waiting: `balloon.serve` waits.
+"""UNIX sockets of a vhost-user back-end, never blocking and never waiting: `balloon.session` waits.
 
 `Inbox` turns what a front-end sends into whole messages, `Outbox` keeps what it does not read yet, `Channel`
 carries our own messages, and `listen` makes the socket that front-ends connect to.

@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 
 from balloon import cli, demo
+from balloon.spec import Feature
+from balloon.testing.frontend import FrontEnd
+from balloon.testing.habits import Statistics
 from balloon.testing.uml_files import UmlUnavailable
+from balloon.testing.wire import GET_FEATURES, Wire
 
 BALLOON = [sys.executable, "-m", "balloon"]
 
@@ -56,6 +60,10 @@ def test_print_capabilities_ignores_other_options() -> None:
         (("serve", "--fd=99"), "99"),
         (("serve", "--socket-path=/tmp/x", "--target=5"), "multiple of 4096"),
         (("serve", "--socket-path=/tmp/x", "--target=much"), "is no size"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=-1"), "is no time"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=nan"), "is no time"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=often"), "is no time"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=1", "--no-stats"), "needs statistics"),
     ],
 )
 def test_what_cannot_start_says_so_in_a_line(arguments: tuple[str, ...], said: str) -> None:
@@ -137,6 +145,52 @@ def test_fd_connected_implies_once() -> None:
         ours.settimeout(20)
         assert len(ours.recv(64)) == 20
     assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "offered"),
+    [
+        ((), Feature.STATS_VQ),
+        (("--no-stats",), Feature(0)),
+        (("--hinting",), Feature.STATS_VQ | Feature.FREE_PAGE_HINT),
+        (("--no-hinting", "--stats"), Feature.STATS_VQ),
+    ],
+)
+def test_statistics_and_hinting_are_offered_as_asked_for(options: tuple[str, ...], offered: Feature) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            process = subprocess.Popen(
+                [*BALLOON, "serve", f"--fd={theirs.fileno()}", *options], pass_fds=[theirs.fileno()]
+            )
+        features = Wire(ours, timeout=20).ask_u64(GET_FEATURES)
+    assert process.wait(20) == 0
+    assert features & (Feature.STATS_VQ | Feature.FREE_PAGE_HINT) == offered
+
+
+def test_statistics_are_polled_and_printed(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    process = subprocess.Popen(
+        [*BALLOON, "serve", f"--socket-path={path}", "--json", "--once", "--stats-interval=0.05"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["event"] == "listening"
+        with FrontEnd.connect(path, timeout=20) as front_end:
+            front_end.start_like_uml()
+            statistics = Statistics(front_end)
+            statistics.post({4: 0})
+            for free in (1, 2):
+                statistics.answer({4: free})
+            said = [json.loads(process.stdout.readline()) for _ in range(5)]
+        assert [one["event"] for one in said] == ["connected", "started", "stats", "stats", "stats"]
+        assert [one["free_bytes"] for one in said[2:]] == [0, 1, 2]
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_demo_with_the_driver_as_json() -> None:

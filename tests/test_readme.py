@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from balloon.testing.frontend import FrontEnd
+from balloon.testing.habits import Hinting, Statistics
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -17,7 +21,7 @@ def blocks(kind: str) -> list[str]:
 
 
 def test_the_program_is_short_and_prints_what_is_shown() -> None:
-    (program,) = blocks("python")
+    program = blocks("python")[0]
     assert len(program.splitlines()) <= 15
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
@@ -28,6 +32,46 @@ def test_the_program_is_short_and_prints_what_is_shown() -> None:
     )
     assert done.stderr == ""
     assert done.stdout in blocks("text")
+
+
+def test_the_program_that_asks_guests_gets_answers(tmp_path: Path) -> None:
+    program = blocks("python")[1]
+    assert len(program.splitlines()) <= 25
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    try:
+        with connect(tmp_path / "balloon.sock") as front_end:
+            front_end.start_like_uml()
+            statistics, hinting = Statistics(front_end), Hinting(front_end)
+            statistics.post({4: 0, 5: 0})
+            statistics.answer({4: 48 << 20, 5: 64 << 20})
+            hinting.send(hinting.wait_id(), [(0x12000000 + (number << 22), 4 << 20) for number in (0, 2, 1)])
+            said, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert said == "the guest has 48 of 64 MiB free\nand does not use 12 MiB at 0x12000000\n"
+
+
+def connect(path: Path) -> FrontEnd:
+    """Be a guest's front-end as soon as the back-end listens."""
+    until = time.monotonic() + 20
+    while True:
+        try:
+            return FrontEnd.connect(path, guest_address=0x10000000)
+        except (FileNotFoundError, ConnectionRefusedError):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def test_every_program_is_run() -> None:
+    assert len(blocks("python")) == 2
 
 
 def test_every_option_of_serve_is_in_the_table() -> None:

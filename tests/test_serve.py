@@ -30,7 +30,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balloon import serve, sockets
+from balloon import serve, session, sockets
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
 from balloon.serve import Server
@@ -428,7 +428,7 @@ def refuse(running: Running, front_end: FrontEnd, reason: str, caplog: Any) -> N
     gone = running.wait("disconnected")
     assert reason in gone["reason"]
     wait_until(lambda: any(reason in record.getMessage() for record in caplog.records))
-    assert len([one for one in caplog.records if one.name == "balloon.serve"]) == 1
+    assert len([one for one in caplog.records if one.name == "balloon.session"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -671,7 +671,7 @@ def test_guest_that_fails_without_end_does_not_fill_the_log(
                 == 1
             )
     assert running.wait("disconnected")
-    assert len(caplog.records) == serve.WARNINGS_MAX
+    assert len(caplog.records) == session.WARNINGS_MAX
 
 
 def test_err_fd_that_is_full_holds_nobody(running: Running, path: Path) -> None:

@@ -1,7 +1,7 @@
 """vhost-user, the back-end's side: bytes and fds in, bytes and actions out.
 
 `messages` is the codec, `backend` the state machine. Neither holds an fd, a clock or a thread, and neither
-ever waits: `balloon.serve` has the socket.
+ever waits: `balloon.session` has the socket.
 """
 
 from __future__ import annotations

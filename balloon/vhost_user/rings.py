@@ -54,6 +54,7 @@ class Rings:
         self._device = device
         self._new_token = new_token
         self._on_effect = on_effect
+        self._owed = Effect.NONE
         self._rings = [Ring() for _ in range(spec.QUEUE_COUNT)]
         self.regions: list[MemoryRegion] = []
         """The memory table in force."""
@@ -110,6 +111,8 @@ class Rings:
         except (ConfigError, GuestError) as error:
             raise Refused(f"ring {index} cannot start: {error}") from error
         ring.running = True
+        self._on_effect(self._owed)
+        self._owed = Effect.NONE
         yield Start(index)
 
     def stop(self, indices: Iterable[int]) -> Generator[Action, str | None, tuple[int, ...]]:
@@ -159,6 +162,8 @@ class Rings:
     def _stop_queue(self, index: int) -> None:
         self._rings[index].base = self._device.stop_queue(index)
         self._rings[index].running = False
+        # A hinting round that goes on ends with its ring. Told now, QEMU would hear of it after its stop.
+        self._owed |= self._device.take_effects()
 
     def _translate(self, user_address: int, size: int) -> int:
         for region in self.regions:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pytest
 from balloon import Balloon, Feature, GuestMemory
 from balloon.demo import served
 from balloon.serve import Server
+from balloon.session import Session
+from balloon.testing.faults import real_fallocate
 from balloon.testing.uml import UmlGuest
 from balloon.testing.uml_files import UmlFiles, UmlUnavailable, choose_memory_folder, find_uml
 
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.e2e
 
 MIB = 1 << 20
 RAM = 512 * MIB
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # fallocate(2)
 KEEP = "dd if=/dev/urandom of=/mnt/keep bs=1M count=40 2>/dev/null; md5sum </mnt/keep"
 
 
@@ -72,6 +75,11 @@ class Served:
         assert not self._thread.is_alive()
 
     @property
+    def session(self) -> Session:
+        """The guest that came last."""
+        return self.server.sessions[-1]
+
+    @property
     def device(self) -> Balloon:
         """The device of the guest that came last."""
         return self.server.sessions[-1].device
@@ -79,6 +87,13 @@ class Served:
     def set_target(self, target_bytes: int) -> None:
         told = asyncio.run_coroutine_threadsafe(self._set_target(target_bytes), self.loop).result(10)
         assert told == 1
+
+    def run(self, awaited: Coroutine[Any, Any, Any]) -> Any:
+        """Wait for something in the server's loop; what it waits for has an end of its own."""
+        return asyncio.run_coroutine_threadsafe(awaited, self.loop).result(60)
+
+    async def finish_hinting(self) -> None:
+        self.session.finish_hinting()
 
     async def _set_target(self, target_bytes: int) -> int:
         return self.server.set_target(target_bytes)
@@ -137,9 +152,10 @@ def fill_and_free(guest: UmlGuest, mib: int) -> int:
 def test_reporting_gives_memory_back_and_keeps_live_data(uml: tuple[UmlFiles, Path], tmp_path: Path) -> None:
     with booted(uml, tmp_path) as (guest, server):
         wanted = Feature.VERSION_1 | Feature.EVENT_IDX | Feature.MUST_TELL_HOST | Feature.REPORTING
+        wanted |= Feature.STATS_VQ
         seen = guest.features()
         assert seen & wanted == wanted
-        assert not seen & (Feature.PAGE_POISON | Feature.STATS_VQ | Feature.FREE_PAGE_HINT)
+        assert not seen & (Feature.PAGE_POISON | Feature.FREE_PAGE_HINT)
         assert server.device.driver_features == seen
 
         checksum = guest.run(KEEP)
@@ -259,6 +275,64 @@ def test_pitfall_15_deflate_on_oom_stays_until_the_target_changes(
         wait_until(
             lambda: server.device.actual_bytes == size - 4 * MIB, lambda: str(server.device.actual_bytes)
         )
+
+
+def test_statistics_agree_with_the_guests_own(uml: tuple[UmlFiles, Path], tmp_path: Path) -> None:
+    with booted(uml, tmp_path) as (guest, server):
+        assert guest.features() & Feature.STATS_VQ
+        for use in ("true", "dd if=/dev/zero of=/mnt/fill bs=1M count=200 2>/dev/null"):
+            guest.run(use)
+            before = guest.meminfo()
+            stats = server.run(server.session.request_stats(30))
+            after = guest.meminfo()
+            for name, value in (
+                ("MemTotal", stats.total_bytes),
+                ("MemFree", stats.free_bytes),
+                ("MemAvailable", stats.available_bytes),
+            ):
+                low, high = sorted((before[name], after[name]))
+                assert low - 4 * MIB <= value <= high + 4 * MIB, (name, low, value, high)
+        assert stats.swap_in_bytes == stats.swap_out_bytes == 0
+        assert stats.minor_faults > stats.major_faults >= 0
+        (last,) = [one for one in server.events if one["event"] == "stats" and one["token"] == stats.token]
+        assert last["free_bytes"] == stats.free_bytes
+        assert server.device.counters.faults == dict.fromkeys(server.device.counters.faults, 0)
+
+
+def test_hinted_memory_is_free_in_the_guest(uml: tuple[UmlFiles, Path], tmp_path: Path) -> None:
+    def make_device(memory: GuestMemory) -> Balloon:
+        return Balloon(memory, hinting=True, reporting=False)  # what leaves the host leaves it by this test
+
+    with booted(uml, tmp_path, make_device) as (guest, server):
+        assert guest.features() & (Feature.FREE_PAGE_HINT | Feature.REPORTING) == Feature.FREE_PAGE_HINT
+        checksum = guest.run(KEEP)
+        peak = fill_and_free(guest, 300)
+        free = guest.meminfo()["MemFree"]
+
+        ranges = server.run(server.session.hint(hold=True, timeout=30))
+        hinted = int(ranges[:, 1].sum())
+        assert 0.8 * free < hinted <= free + 4 * MIB
+        (region,) = server.session.memory.regions
+        assert (ranges[:, 0] >= region.guest_address).all()
+        assert (ranges.sum(axis=1) <= region.guest_address + region.size).all()
+        assert guest.memory_file_bytes() >= peak - MIB  # only collected
+        # The guest keeps them: whatever happens to their content now is nothing to it.
+        for address, size in ranges.tolist():
+            offset = region.offset + address - region.guest_address
+            assert real_fallocate(region.fd, KEEP_SIZE | PUNCH_HOLE, offset, size) == 0
+        assert peak - guest.memory_file_bytes() >= 290 * MIB
+        assert abs(free - guest.meminfo()["MemFree"] - hinted) < 16 * MIB
+        assert guest.run("md5sum </mnt/keep") == checksum
+
+        server.run(server.finish_hinting())
+        wait_until(lambda: free - guest.meminfo()["MemFree"] < 8 * MIB, lambda: str(guest.meminfo()))
+        guest.run("dd if=/dev/zero of=/mnt/fill bs=1M count=300 2>/dev/null; rm /mnt/fill")
+        assert guest.run("md5sum </mnt/keep") == checksum
+
+        again = server.run(server.session.hint(timeout=30))
+        assert again[:, 1].sum() > 0.8 * free
+        wait_until(lambda: free - guest.meminfo()["MemFree"] < 8 * MIB, lambda: str(guest.meminfo()))
+        assert server.device.counters.faults == dict.fromkeys(server.device.counters.faults, 0)
 
 
 def test_a_killed_guest_leaves_the_server_to_the_next(uml: tuple[UmlFiles, Path], tmp_path: Path) -> None:
