@@ -6,8 +6,9 @@ this stands as C enums in `_spec.pxd`; `tests/test_spec.py` compares the two.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, fields
 from enum import IntEnum, IntFlag
-from typing import Final
+from typing import Any, Final, Literal, NamedTuple
 
 DEVICE_ID: Final = 5
 """Virtio device id of the traditional memory balloon (Device Types)."""
@@ -162,3 +163,125 @@ FAULT_TEXT: Final[dict[Fault, tuple[str, str]]] = {
     ),
 }
 """What to say of a fault, and the section of the standard that it broke."""
+
+
+STAT_BYTES: Final = 10
+"""One entry of a statistics buffer: le16 tag and le64 value, packed (Memory Statistics).
+
+The section's "multiple of 6 bytes" is an erratum; its own structure and every driver have 10.
+"""
+
+STATS_BYTES_MAX: Final = 256 * STAT_BYTES
+"""A cap of ours: what is read of one statistics buffer, in bytes. The standard sets no limit."""
+
+
+def _stat(
+    tag: int, unit: Literal["bytes", "count"], kind: Literal["gauge", "counter"], kernel_name: str, text: str
+) -> Any:
+    """A field of `StatFields`: an absent value by default, and its row of the table."""
+    row = {"tag": tag, "unit": unit, "kind": kind, "kernel_name": kernel_name, "text": text}
+    return field(default=None, metadata=row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatFields:
+    """The statistics that Linux knows; its fields are the table behind decoding, names, docs and metrics.
+
+    Tags 0 to 9 are the standard's (Traditional Memory Balloon Device: Memory Statistics Tags), 10 to 15
+    those of Linux alone. A value is an integer from 0 to 2^64-2, or None for what the guest did not send.
+    A counter grows from the guest's boot on, a gauge is the value of the moment.
+    """
+
+    swap_in_bytes: int | None = _stat(
+        0, "bytes", "counter", "VIRTIO_BALLOON_S_SWAP_IN", "Memory that was swapped in."
+    )
+    swap_out_bytes: int | None = _stat(
+        1, "bytes", "counter", "VIRTIO_BALLOON_S_SWAP_OUT", "Memory that was swapped out to disk."
+    )
+    major_faults: int | None = _stat(
+        2, "count", "counter", "VIRTIO_BALLOON_S_MAJFLT", "Page faults that needed disk I/O."
+    )
+    minor_faults: int | None = _stat(
+        3,
+        "count",
+        "counter",
+        "VIRTIO_BALLOON_S_MINFLT",
+        "Page faults that needed no disk I/O; Linux counts the major ones here too.",
+    )
+    free_bytes: int | None = _stat(
+        4, "bytes", "gauge", "VIRTIO_BALLOON_S_MEMFREE", "Memory that is not used for anything."
+    )
+    total_bytes: int | None = _stat(
+        5, "bytes", "gauge", "VIRTIO_BALLOON_S_MEMTOT", "All memory that the guest has."
+    )
+    available_bytes: int | None = _stat(
+        6,
+        "bytes",
+        "gauge",
+        "VIRTIO_BALLOON_S_AVAIL",
+        "An estimate of what new programs could have without swapping, MemAvailable in /proc/meminfo.",
+    )
+    caches_bytes: int | None = _stat(
+        7, "bytes", "gauge", "VIRTIO_BALLOON_S_CACHES", "Disk caches, which can be reclaimed without I/O."
+    )
+    hugetlb_allocations: int | None = _stat(
+        8, "count", "counter", "VIRTIO_BALLOON_S_HTLB_PGALLOC", "Hugetlb pages that could be allocated."
+    )
+    hugetlb_failures: int | None = _stat(
+        9, "count", "counter", "VIRTIO_BALLOON_S_HTLB_PGFAIL", "Hugetlb pages that could not be allocated."
+    )
+    oom_kills: int | None = _stat(
+        10, "count", "counter", "VIRTIO_BALLOON_S_OOM_KILL", "Invocations of the out-of-memory killer."
+    )
+    allocation_stalls: int | None = _stat(
+        11,
+        "count",
+        "counter",
+        "VIRTIO_BALLOON_S_ALLOC_STALL",
+        "Allocations that had to wait for direct reclaim.",
+    )
+    async_scanned_bytes: int | None = _stat(
+        12,
+        "bytes",
+        "counter",
+        "VIRTIO_BALLOON_S_ASYNC_SCAN",
+        "Memory that was scanned for reclaim in the background, by kswapd.",
+    )
+    direct_scanned_bytes: int | None = _stat(
+        13,
+        "bytes",
+        "counter",
+        "VIRTIO_BALLOON_S_DIRECT_SCAN",
+        "Memory that was scanned for reclaim by whoever wanted to allocate.",
+    )
+    async_reclaimed_bytes: int | None = _stat(
+        14,
+        "bytes",
+        "counter",
+        "VIRTIO_BALLOON_S_ASYNC_RECLAIM",
+        "Memory that was reclaimed in the background, by kswapd.",
+    )
+    direct_reclaimed_bytes: int | None = _stat(
+        15,
+        "bytes",
+        "counter",
+        "VIRTIO_BALLOON_S_DIRECT_RECLAIM",
+        "Memory that was reclaimed by whoever wanted to allocate.",
+    )
+
+
+class Stat(NamedTuple):
+    """One row of the table of statistics; `name` is a field of `StatFields`."""
+
+    tag: int
+    name: str
+    unit: Literal["bytes", "count"]
+    kind: Literal["gauge", "counter"]
+    kernel_name: str
+    text: str
+
+
+STATS: Final[tuple[Stat, ...]] = tuple(
+    sorted(Stat(name=one.name, **one.metadata) for one in fields(StatFields))
+)
+"""The table of statistics by tag: `STATS[tag]` is the row of that tag, from 0 on without a gap."""
