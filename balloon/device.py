@@ -74,6 +74,7 @@ class Counters:
     advised_bytes: int = 0
     clipped_bytes: int = 0
     skipped_bytes: int = 0
+    inhibited_bytes: int = 0
     failed_bytes: int = 0
     outside_bytes: int = 0
     failures: int = 0
@@ -128,6 +129,7 @@ class Balloon:
         self._plane = DataPlane()
         self._failed = False
         self._fault_told = False
+        self._refused = False
         self._owed: set[int] = set()
         self._counted = Counters()
         self._check_target(target_bytes)
@@ -153,6 +155,7 @@ class Balloon:
         :raise StateError: a queue is running.
         """
         surplus = features & ~int(self._offered)
+        self._refused = bool(surplus)
         if surplus:
             raise GuestError(
                 f"the driver accepted features that were not offered: {surplus:#x}", section="Feature Bits"
@@ -170,15 +173,15 @@ class Balloon:
     def write_status(self, status: int) -> Effect:
         """The driver writes the device status; 0 resets the device.
 
-        FEATURES_OK stays clear for a driver that does not accept VERSION_1 (A21). Bits are only ever added;
-        NEEDS_RESET is the device's own.
+        FEATURES_OK stays clear for a driver that does not accept VERSION_1 (A21), and after a set of
+        features that was refused (A5). Bits are only ever added; NEEDS_RESET is the device's own.
 
         :raise StateError: see `reset`.
         """
         if status == 0:
             return self.reset()
         new = Status(status & 0xFF) & ~Status.NEEDS_RESET
-        if not self._accepted & Feature.VERSION_1:
+        if self._refused or not self._accepted & Feature.VERSION_1:
             new &= ~Status.FEATURES_OK
         self._status |= new
         return Effect.NONE
@@ -193,7 +196,7 @@ class Balloon:
         for index in tuple(self._plane.queues):
             self.stop_queue(index)
         self._owed.clear()
-        self._failed = self._fault_told = False
+        self._failed = self._fault_told = self._refused = False
         self._accepted = Feature(0)
         self._status = Status(0)
         self._actual_pages = 0
