@@ -23,7 +23,7 @@ class Counters:
     `advised_bytes` is what the kernel was asked to take and said yes to. The rest was not asked for:
     `kept_bytes` by the poison rule or because reporting is off, `vetoed_bytes` by the before-release hook,
     `clipped_bytes` because it was no whole page of the backing, `skipped_bytes` in memory of which nothing
-    can be freed, `outside_bytes` because it is no guest memory, `stale_hint_bytes` under an old command id;
+    can be freed, `inhibited_bytes` while discards were inhibited, `outside_bytes` because it is no guest memory, `stale_hint_bytes` under an old command id;
     `failed_bytes` was refused by the kernel. `faults` counts what the guest got wrong, by kind.
     """
 
@@ -42,6 +42,7 @@ class Counters:
     advised_bytes: int = 0
     clipped_bytes: int = 0
     skipped_bytes: int = 0
+    inhibited_bytes: int = 0
     failed_bytes: int = 0
     outside_bytes: int = 0
     failures: int = 0

@@ -294,6 +294,20 @@ def test_A5_otherwise_features_ok_stays_clear(bit: int) -> None:
     assert device.status == Status.ACKNOWLEDGE | Status.DRIVER
 
 
+def test_A5_a_refused_set_leaves_features_ok_clear() -> None:
+    """A set with a bit that was not offered is no set, also after one that was good."""
+    device = Balloon(GuestMemory())
+    device.write_status(Status.ACKNOWLEDGE | Status.DRIVER)
+    device.set_driver_features(device.device_features)
+    with pytest.raises(GuestError):
+        device.set_driver_features(device.device_features | 1 << 6)
+    device.write_status(NEGOTIATED)
+    assert device.status == Status.ACKNOWLEDGE | Status.DRIVER
+    device.set_driver_features(device.device_features)
+    device.write_status(NEGOTIATED)
+    assert device.status == NEGOTIATED
+
+
 def test_A6_only_what_is_supported_is_offered() -> None:
     """The balloon's bits are 0 to 5 (6 and 7 are contested), of the others 28, 29 and 32 are served."""
     known = sum(1 << bit for bit in (0, 1, 2, 3, 4, 5, 28, 29, 32))
