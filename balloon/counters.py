@@ -22,9 +22,9 @@ class Counters:
     What the guest named is `reported_bytes`, `hinted_bytes`, `inflated_bytes` and `deflated_bytes`. Of that,
     `advised_bytes` is what the kernel was asked to take and said yes to. The rest was not asked for:
     `kept_bytes` by the poison rule or because reporting is off, `vetoed_bytes` by the before-release hook,
-    `clipped_bytes` because it was no whole page of the backing, `skipped_bytes` in memory of which nothing
-    can be freed, `inhibited_bytes` while discards were inhibited, `outside_bytes` because it is no guest memory, `stale_hint_bytes` under an old command id;
-    `failed_bytes` was refused by the kernel. `faults` counts what the guest got wrong, by kind.
+    `inhibited_bytes` while discards were inhibited, `clipped_bytes` because it was no whole page of the
+    backing, `skipped_bytes` in memory of which nothing can be freed, `outside_bytes` because it is no guest
+    memory, `stale_hint_bytes` under an old command id; `failed_bytes` was refused by the kernel. `faults` counts what the guest got wrong, by kind.
     """
 
     kicks: int = 0

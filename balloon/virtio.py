@@ -374,12 +374,13 @@ class VirtioDevice:
         """
         if self._has_fault():
             return self._tell_fault()
-        queue = self._plane.queues.get(index)
-        if queue is None:
+        found: DataQueue | None = self._plane.queues.get(index)
+        if found is None:
             return Effect.NONE
         if not self._status & Status.DRIVER_OK:
             self._early = True
             return Effect.NONE
+        queue: DataQueue = found
         failures = queue.failures
         effect = Effect.NONE
         for _ in range(NOTIFY_SLICES):  # the driver may bring more each time
