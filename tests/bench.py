@@ -171,7 +171,6 @@ class Bench:
         fd: int = -1,
         without: Feature = Feature.PAGE_POISON,
         queue_size: int = 64,
-        extra: Iterable[Role] = (),
         worker: Worker | None = None,
         **options: Any,
     ) -> None:
@@ -201,10 +200,6 @@ class Bench:
         self.calls = [os.eventfd(0) for _ in range(5)]
         self._fds += [*self.kicks, *self.calls]
         self.driver.start(poison=0)
-        for index in range(5):
-            role = self.device.role(index)
-            if role is not None and role in set(extra):
-                self.driver.start_queue(index, role)
         self.base = self.driver.end_of_rings
         self.first_page = self.base // PAGE
         self.ram.view(self.base, ram_bytes - self.base)[:] = 1

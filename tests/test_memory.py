@@ -1687,7 +1687,7 @@ def test_inhibit_returns_when_no_discard_is_under_way(memory: GuestMemory, who: 
         else:
             driver.queues[Role.REPORTING].post([(address, size, True) for address, size in ranges])
             if who == "device":
-                device.notify(2)
+                device.notify(REPORTING)
             else:
                 os.eventfd_write(kick, 1)
 
@@ -1701,7 +1701,7 @@ def test_inhibit_returns_when_no_discard_is_under_way(memory: GuestMemory, who: 
             stack.callback(os.close, kick)
             stack.callback(os.close, call)
             stack.callback(worker.close)
-            worker.attach(device.queue(2), kick_fd=kick, call_fd=call)
+            worker.attach(device.queue(REPORTING), kick_fd=kick, call_fd=call)
         discarding = Thread(discard)
         assert gate.reached.wait(WAIT)
         inhibiting = [Thread(inhibit) for _ in range(1 + others)]
@@ -1947,7 +1947,7 @@ def test_residency_waits_for_no_drain_and_no_swap(memory: GuestMemory) -> None:
     device, driver = make_device(memory)
     with Gate() as gate:
         driver.queues[Role.REPORTING].post([(16 * MIB, PAGE, True)])
-        serving = Thread(lambda: device.notify(2))
+        serving = Thread(lambda: device.notify(REPORTING))
         assert gate.reached.wait(WAIT)
         swapping = Thread(lambda: memory.remove(memory.regions[0]))
         while not memory._lock.locked():

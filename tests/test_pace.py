@@ -170,7 +170,7 @@ def test_deflate_and_statistics_are_never_slowed() -> None:
     """Nor is hinting that only collects."""
     with (
         Worker() as worker,
-        Bench(worker=worker, extra=[Role.STATS, Role.HINTING], hinting=True) as bench,
+        Bench(worker=worker, hinting=True) as bench,
         Events(worker, bench),
     ):
         bench.device.set_reclaim_rate(1)

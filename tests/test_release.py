@@ -772,7 +772,7 @@ def test_contract_23_done_is_shown_after_hinted_memory_was_dealt_with(by_worker:
     """Commands, hints and STOP in one drain: while the ranges wait for a verdict the round is not over."""
     with (
         Worker() as worker,
-        Bench(worker=worker if by_worker else None, extra=[Role.HINTING], hinting=True) as bench,
+        Bench(worker=worker if by_worker else None, hinting=True) as bench,
     ):
         shown: list[bytes] = []
 
@@ -798,7 +798,7 @@ def test_contract_23_done_is_shown_after_hinted_memory_was_dealt_with(by_worker:
 @pytest.mark.parametrize("again", [False, True])
 def test_contract_23_a_round_that_is_ended_while_the_hook_is_asked(again: bool, answered: bool) -> None:
     """DONE, or another id, is shown: the driver uses its pages, whatever the verdict is."""
-    with Bench(extra=[Role.HINTING], hinting=True) as bench, Recorder() as kernel:
+    with Bench(hinting=True) as bench, Recorder() as kernel:
         started, _ = bench.device.start_hinting("reclaim", dirty_check=lambda _: None)
         heads = post_hints(bench, started.id, range(10, 18), stop=False)
         native = bench.native(Role.HINTING)

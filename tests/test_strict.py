@@ -163,7 +163,6 @@ def bench_of(case: Case, *, strict: bool, worker: Worker | None = None) -> Bench
     return Bench(
         big=MIB,
         without=case.without,
-        extra=[Role.STATS, Role.HINTING],
         hinting=True,
         strict=strict,
         worker=worker,
