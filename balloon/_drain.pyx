@@ -298,5 +298,8 @@ cdef void queue_cut(queue_t *q) noexcept nogil:
         q.counters.cut_chains += 1
         if q.role == ROLE_DEFLATE:  # parts that it would have named are the guest's from now on
             parts_forget(q.device.parts)
+        elif q.role == ROLE_INFLATE and not flag_load(&q.device.tells):  # its parts count for it alone
+            q.reclaimed.clipped_bytes += <uint64_t>q.device.parts.open_parts << PAGE_SHIFT
+            parts_forget(q.device.parts)
         split_push(q.ring, q.ring.head)
     show_used(q)

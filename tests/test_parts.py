@@ -436,6 +436,37 @@ def test_a_deflate_request_that_is_cut_short_forgets_the_account() -> None:
         assert bench.device.partial_bytes == 8 * PAGE
 
 
+def test_an_inflate_request_that_is_cut_short_without_must_tell_host() -> None:
+    """What it had named is clipped, and the next request does not add to it."""
+    with (
+        Worker() as worker,
+        Bench(worker=worker) as other,
+        Bench(ram_bytes=8 * MIB, big=MIB, without=WITHOUT_TELLING, worker=worker) as bench,
+        Steps() as steps,
+    ):
+        numbers = bench.parts(3, range(8)) + [0xFFFFFFFF] * (SLICE_WORK + 8)
+        head = bench.post_pages(numbers, at=bench.base)
+        with Recorder(steps):
+            for _ in range(3):  # other has its turn, then the request, then other again
+                other.post_report()
+                other.kick(Role.REPORTING)
+                bench.kick(Role.INFLATE)
+                steps.inside()
+                if bench.device.counters.inflated_bytes:
+                    break
+                steps.go()
+            worker.detach(bench.native(Role.INFLATE))
+            steps.open()
+            worker.wait_detached(bench.native(Role.INFLATE))
+        assert bench.queue(Role.INFLATE).take_used() == [head]
+        assert bench.device.counters.cut_chains == 1
+        assert bench.device.partial_bytes == 0
+        assert bench.device.counters.clipped_bytes == 8 * PAGE
+        bench.attach(Role.INFLATE)
+        bench.driver.inflate(bench.parts(3, range(8, 16)))
+        assert bench.gone() == []
+
+
 def test_the_account_is_forgotten_while_a_worker_keeps_it() -> None:
     """As when another queue of the device stops, again and again, in the middle of inflate requests."""
     size = 32 * MIB

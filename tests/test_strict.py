@@ -247,12 +247,10 @@ def test_a_worker_parks_the_queue(name: str) -> None:
         assert not other.device.status & Status.NEEDS_RESET
         assert [kind for kind, _ in events.seen].count("fault") == 1
         if case.role is Role.REPORTING and case.fault > Fault.PAYLOAD:
-            ring = bench.ram.view(0, bench.base).copy()
             bench.post_report(7)
             bench.kick(Role.REPORTING)
             other.driver.report([(other.base, PAGE)] * 2)
             assert bench.queue(case.role).take_used() == []
-            assert len(ring) == bench.base
 
 
 @pytest.mark.parametrize("name", CASES)
