@@ -24,7 +24,8 @@ class Counters:
     `kept_bytes` by the poison rule or because reporting is off, `vetoed_bytes` by the before-release hook,
     `inhibited_bytes` while discards were inhibited, `clipped_bytes` because it was no whole page of the
     backing, `skipped_bytes` in memory of which nothing can be freed, `outside_bytes` because it is no guest
-    memory, `stale_hint_bytes` under an old command id; `failed_bytes` was refused by the kernel. `faults` counts what the guest got wrong, by kind.
+    memory, `stale_hint_bytes` under an old command id; `failed_bytes` was refused by the kernel. `faults`
+    counts what the guest got wrong, by kind.
     """
 
     kicks: int = 0

@@ -148,6 +148,7 @@ CASES: dict[str, Case] = {
         Role.STATS, Fault.STATS_LENGTH, buffers(Role.STATS, (0, STATS_BYTES_MAX + 10, False))
     ),
     "three bytes of a command": Case(Role.HINTING, Fault.HINT_COMMAND, buffers(Role.HINTING, (0, 3, False))),
+    "no bytes of a command": Case(Role.HINTING, Fault.HINT_COMMAND, buffers(Role.HINTING, (0, 0, False))),
     "eight bytes of a command": Case(Role.HINTING, Fault.HINT_COMMAND, buffers(Role.HINTING, (0, 8, False))),
 }
 """Everything that a driver can get wrong on a ring. A ring that is gone has tests of its own."""
@@ -298,7 +299,8 @@ def kick_only(role: Role) -> Callable[[Bench], None]:
 
 
 def empty(role: Role, address: int = 0) -> Callable[[Bench], Any]:
-    return buffers(role, *[(address, 0, role is Role.REPORTING)] * 3)
+    """Ranges and lists may be empty; a hinting command, which is device-readable, may not."""
+    return buffers(role, *[(address, 0, role in (Role.REPORTING, Role.HINTING))] * 3)
 
 
 def statistics(bench: Bench) -> None:
