@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Final, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from balloon._plane import check_outside_hook, run_hook
 from balloon._queue import DataQueue
@@ -25,6 +22,10 @@ from balloon.memory import GuestMemory
 from balloon.spec import Config, Feature, Role
 from balloon.stats import Stats, StatsProtocol, StatsRequest
 from balloon.virtio import Effect, VirtioDevice
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["Balloon", "Effect", "ReleaseHook"]
 
@@ -327,6 +328,8 @@ class Balloon(VirtioDevice):
         if waiting is None:
             return
         number, raw = waiting
+        import numpy as np  # not with the module: it starts threads of its own (CONTRACTS 11)
+
         ranges = np.frombuffer(raw, dtype=np.uint64).reshape(-1, 2)
         verdict = np.ones(len(ranges), dtype=np.bool_)
         hooks = [self._hook]

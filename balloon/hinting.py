@@ -11,13 +11,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from balloon.errors import StateError
 from balloon.spec import HINT_DONE, HINT_STOP
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["HintState", "HintingRound", "HintingRounds", "merge_ranges"]
 
@@ -25,7 +26,7 @@ FIRST_ID: Final = 0x8000_0000
 """Where ids begin; QEMU begins there too."""
 IDS: Final = 2**32 - 2
 
-Ranges = npt.NDArray[np.uint64]
+Ranges: TypeAlias = "npt.NDArray[np.uint64]"
 """Guest memory: an array of shape (n, 2), guest address and size in bytes."""
 
 
@@ -109,6 +110,8 @@ class HintingRounds:
 
 def merge_ranges(pairs: bytes) -> Ranges:
     """Native pairs of u64 as an array of shape (n, 2), sorted, with neighbours and overlaps joined."""
+    import numpy as np  # not with the module: it starts threads of its own (CONTRACTS 11)
+
     ranges = np.frombuffer(pairs, dtype=np.uint64).reshape(-1, 2)
     if not len(ranges):
         return ranges

@@ -10,16 +10,18 @@ Section of the standard: Traditional Memory Balloon Device: Memory Statistics.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from balloon.errors import ConfigError, StateError
 from balloon.spec import STAT_BYTES, STATS, StatFields
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["HISTORY", "Stats", "StatsProtocol", "StatsRequest", "decode"]
 
@@ -30,14 +32,11 @@ TAG_MAX: Final = 2**16 - 1
 VALUE_MAX: Final = 2**64 - 1
 TIME_MAX: Final = 2**63 - 1
 
-ENTRY: Final = {
-    "little": np.dtype([("tag", "<u2"), ("value", "<u8")]),
-    "big": np.dtype([("tag", ">u2"), ("value", ">u8")]),
-}
+ENTRY: Final = {"little": struct.Struct("<HQ"), "big": struct.Struct(">HQ")}
 
-HISTORY: Final = np.dtype([("time_ns", "i8"), ("present", "u4"), *((row.name, "u8") for row in STATS)])
-"""One update in `StatsProtocol.history`. Bit n of `present` is set if the guest sent tag n, else its field
-is 0 and means nothing."""
+HISTORY: Final = [("time_ns", "i8"), ("present", "u4"), *((row.name, "u8") for row in STATS)]
+"""The numpy type of one update in `StatsProtocol.history`. Bit n of `present` is set if the guest sent tag n,
+else its field is 0 and means nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +138,7 @@ def decode(
     if byteorder not in ENTRY:
         raise ConfigError(f'the byte order is "little" or "big", not {byteorder!r}')
     count, trailing_bytes = divmod(len(payload), STAT_BYTES)
-    entries = np.frombuffer(payload, ENTRY[byteorder], count)
-    values = dict(zip(entries["tag"].tolist(), entries["value"].tolist(), strict=True))
+    values = dict(ENTRY[byteorder].iter_unpack(payload[: count * STAT_BYTES]))
     return _stats(values, time_ns, token), trailing_bytes
 
 
@@ -296,6 +294,8 @@ class StatsProtocol:
 
     def _remember(self, stats: Stats) -> None:
         if self._history is None:
+            import numpy as np  # not with the module: it starts threads of its own (CONTRACTS 11)
+
             self._history = np.zeros(self._history_size, HISTORY)
         values = [getattr(stats, row.name) for row in STATS]
         present = sum(1 << row.tag for row, value in zip(STATS, values, strict=True) if value is not None)
@@ -306,6 +306,8 @@ class StatsProtocol:
     @property
     def history(self) -> npt.NDArray[np.void]:
         """The last updates, oldest first: a copy of shape (n,), type `HISTORY`, that cannot be written."""
+        import numpy as np
+
         if self._history is None:
             copy = np.zeros(0, HISTORY)
         else:

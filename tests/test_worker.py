@@ -1488,7 +1488,7 @@ def test_contract_11_no_thread_and_no_handler_by_importing() -> None:
                 rows = dict(line.rstrip().split(":", 1) for line in status)
             return rows["SigCgt"], rows["SigBlk"], len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
-        import ctypes, mmap, threading, numpy  # what it imports itself may do what it likes
+        import ctypes, mmap, threading
         before = state()
         import balloon
         import balloon._worker
