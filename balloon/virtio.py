@@ -391,7 +391,7 @@ class VirtioDevice:
                 effect |= self.on_event(kind, queue)
             if "release" not in news and "stats" not in news:  # these may have given the queue work
                 break
-            if self._plane.queues.get(index) is not queue:  # stopped meanwhile, by another thread
+            if not self._runs(queue):  # stopped meanwhile, by another thread
                 return effect
         else:  # a driver that keeps the ring full does not keep its caller
             outcome = "more"
@@ -407,6 +407,9 @@ class VirtioDevice:
                 self._later |= effect
                 raise self.guest_error(queue)
         return effect
+
+    def _runs(self, queue: DataQueue) -> bool:
+        return self._plane.queues.get(queue.index) is queue
 
     def on_event(self, kind: str, queue: DataQueue) -> Effect:
         """Take what a worker tells of a queue, see `Worker.take_events()`; returns what is to be done.
