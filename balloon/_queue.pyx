@@ -302,6 +302,20 @@ cdef class DataQueue:
             self.plane.release()
         return bool(notify)
 
+    def quiesce(self):
+        """End a chain that was cut short, under `hold()`: then only a statistics buffer is held (CONTRACTS 24).
+
+        Returns the index of the next available entry for whoever goes on in another place, which pops a held
+        buffer once more, and whether the driver is owed a notification.
+
+        :raise StateError: a worker owns the queue.
+        """
+        self.check_owner()
+        if self.queue.fault == 0:
+            queue_cut(&self.queue)
+        held = self.queue.stats != NULL and self.queue.stats.held
+        return (self.queue.ring.next_available - held) & 0xFFFF, bool(self.queue.notify)
+
     def counts(self):
         """The counters so far, by name; faults are a dict by name. Takes no lock."""
         counted = dict(self.queue.counters)

@@ -47,6 +47,10 @@ class ConfigSpace:
             self._generation = (self._generation + 1) & 0xFFFFFFFF
         return self._generation
 
+    def restore(self, generation: int) -> None:
+        """Go on after a generation that a driver may have seen: the next one is another."""
+        self._generation, self._changed = generation, True
+
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`; zeros where the space has ended.
 

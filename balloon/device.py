@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from balloon._plane import check_outside_hook, run_hook
 from balloon._queue import DataQueue
-from balloon.errors import ConfigError, StateError
+from balloon.errors import ConfigError, GuestError, StateError
 from balloon.hinting import HintingRound, HintingRounds, HintState, Ranges, merge_ranges
 from balloon.memory import GuestMemory
-from balloon.spec import Config, Feature, Role
+from balloon.snapshot import QueueState, Snapshot
+from balloon.spec import Config, Feature, Role, Status
 from balloon.stats import Stats, StatsProtocol, StatsRequest
-from balloon.virtio import Effect, VirtioDevice
+from balloon.virtio import DRIVERS_STATUS, Effect, VirtioDevice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -350,3 +352,109 @@ class Balloon(VirtioDevice):
             if self._hook_failures & (self._hook_failures - 1) == 0:  # the guest sets the pace, not the log's
                 _log.exception("a before-release hook failed (%d times): kept", self._hook_failures)
         queue.decide(number, verdict.tobytes())
+
+    # Snapshot.
+
+    def snapshot(self) -> dict[str, Any]:
+        """The device as plain data, for `restore()` in another place; guest memory is saved by its owner.
+
+        Every queue is quiet then: chains in the middle are used, without what is left of them being
+        discarded, and only a statistics buffer may be held. The device can go on afterwards; what it does
+        then is not in the snapshot. Requests for statistics, the hook and the rate are the embedder's.
+
+        :raise StateError: a worker owns queues: detach them first; a drain did not end in time; or this is
+            inside a hook.
+        """
+        if self._plane.worker is not None:
+            raise StateError("a worker owns queues of this device: detach them first")
+        self._plane.hold()
+        try:
+            queues = []
+            for index, queue in sorted(self._plane.queues.items()):
+                next_available, owed = queue.quiesce()
+                table, available, used = queue.ring.guest_addresses
+                size = queue.ring.size
+                queues.append(QueueState(index, size, table, available, used, next_available, owed))
+        finally:
+            self._plane.let_go()
+        return Snapshot(
+            offered=int(self._offered),
+            accepted=int(self._accepted),
+            refused=self._refused,
+            status=int(self._status),
+            numbering=self.numbering,
+            guest_byteorder=self.guest_byteorder,
+            failed=self._has_fault(),
+            generation=self.config_generation,
+            num_pages=self._config[Config.NUM_PAGES],
+            actual=self._config[Config.ACTUAL],
+            actual_pages=self._actual_pages,
+            poison_val=self._config[Config.POISON_VAL],
+            poison=self._poison,
+            reporting=self._plane.reporting,
+            hinting_id=self._rounds.last_id,
+            hinting_done=self._rounds.active or self._rounds.state is HintState.DONE,
+            owed=tuple(sorted(self._owed)),
+            queues=tuple(queues),
+            stats=self._stats.latest,
+        ).as_dict()
+
+    def restore(self, data: object) -> Effect:
+        """Become the device that `snapshot()` saved; this one is new, on the memory that was saved with it.
+
+        A hinting round that went on is finished: the driver sees DONE. Every ring has to be drained once:
+        NOTIFY_AGAIN asks for `notify()` on each queue that runs, a worker does it when it is attached. The
+        driver may get a notification too many.
+
+        :raise ConfigError: the data cannot be believed, or is of a device that offered other features or was
+            made with another numbering or byte order, or a ring is not in this memory. The device is as new.
+        :raise StateError: this device is not new.
+        """
+        saved = Snapshot.from_dict(data)
+        if self._status or self._plane.queues:
+            raise StateError("only a new device can be restored")
+        for name, mine in (
+            ("offered", int(self._offered)),
+            ("numbering", self.numbering),
+            ("guest_byteorder", self.guest_byteorder),
+        ):
+            if getattr(saved, name) != mine:
+                raise ConfigError(f"snapshot: {name} is not that of this device, {mine!r}")
+        if saved.accepted & ~saved.offered:
+            raise ConfigError("snapshot: features were accepted that were not offered")
+        if saved.status & ~DRIVERS_STATUS:
+            raise ConfigError("snapshot: the status has bits that no driver can set")
+        try:
+            self._accept(Feature(saved.accepted))
+            self._owed = set(saved.owed) | {queue.index for queue in saved.queues if queue.owed}
+            for queue in () if saved.failed else saved.queues:  # these are not served before a reset
+                self.start_queue(
+                    queue.index,
+                    size=queue.size,
+                    descriptor_address=queue.descriptor_address,
+                    available_address=queue.available_address,
+                    used_address=queue.used_address,
+                    next_available=queue.next_available,
+                )
+        except (ConfigError, GuestError) as error:
+            self.reset()
+            raise ConfigError(f"snapshot: {error}") from error
+        self._refused, self._failed = saved.refused, saved.failed
+        self._config[Config.NUM_PAGES] = saved.num_pages
+        self._config[Config.ACTUAL] = saved.actual
+        self._config[Config.POISON_VAL] = saved.poison_val
+        self._actual_pages, self._poison = saved.actual_pages, saved.poison
+        self._apply_poison()
+        self._plane.reporting = saved.reporting
+        # Its token was given to somebody elsewhere.
+        self._stats.latest = None if saved.stats is None else replace(saved.stats, token=None)
+        self._rounds.restore(saved.hinting_id, done=saved.hinting_done)
+        self._show_id()
+        self._config.restore(saved.generation)
+        self._status = Status(saved.status)
+        if not self._status & Status.DRIVER_OK:
+            return Effect.NONE
+        self._plane.live = True
+        return (
+            Effect.NOTIFY_CONFIG | Effect.NOTIFY_AGAIN | (self._tell_fault() if saved.failed else Effect.NONE)
+        )

@@ -82,6 +82,16 @@ class HintingRounds:
             return self.round.id
         return HINT_DONE if self.state is HintState.DONE else HINT_STOP
 
+    @property
+    def last_id(self) -> int:
+        """The last id that was used; `FIRST_ID - 1` before the first."""
+        return self._last
+
+    def restore(self, last_id: int, *, done: bool) -> None:
+        """Go on after an id that the driver may know; `done` where it may keep pages for a round."""
+        self._last = last_id
+        self.state = HintState.DONE if done else HintState.IDLE
+
     def new_id(self, stops: int) -> int:
         """An id that is neither reserved nor in use; `stops` counts the driver's STOPs (B11).
 

@@ -33,7 +33,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("_queue",),
     ("_worker", "backing"),
     ("memory", "stats", "config", "counters", "hinting"),
-    ("virtio",),
+    ("virtio", "snapshot"),
     ("device",),
     ("mmio", "pci", "vhost_user", "testing"),
     ("control", "metrics", "plot", "sockets", "guest"),

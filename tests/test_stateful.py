@@ -7,6 +7,8 @@ device makes progress or says that it needs a reset.
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -277,6 +279,26 @@ class Machine(RuleBasedStateMachine):
         else:
             self.memory.remove(self.extra_region)
             self.extra_region = None
+
+    @rule()
+    def go_on_in_another_device(self) -> None:
+        """Contract 24: a snapshot at any point, restored: nothing is lost or used twice, each ring is drained."""
+        data = json.loads(json.dumps(self.device.snapshot()))
+        restored = Balloon(self.memory, hinting=True)
+        effect = restored.restore(data)
+        assert effect & Effect.NOTIFY_CONFIG
+        assert effect & Effect.NOTIFY_AGAIN
+        assert restored.driver_features == self.device.driver_features
+        for name in ("status", "target_bytes", "actual_bytes"):
+            assert getattr(restored, name) == getattr(self.device, name)
+        assert restored.read_config(0, 8) + restored.read_config(12, 4) == self.device.read_config(
+            0, 8
+        ) + self.device.read_config(12, 4)
+        assert restored.config_generation != self.device.config_generation
+        self.device.reset()  # it touches no ring
+        self.device = self.driver.device = restored
+        for role in self.driver.queues:
+            self.kick(role, always=True)
 
     @precondition(lambda self: not self.broken)
     @rule(role=st.sampled_from(Role))
