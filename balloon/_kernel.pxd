@@ -1,7 +1,7 @@
 from libc.stdint cimport uint64_t
 
 cdef extern from "<sys/mman.h>" nogil:
-    int MADV_DONTNEED, MADV_REMOVE
+    int MADV_COLD, MADV_DONTNEED, MADV_REMOVE
 
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:

@@ -158,8 +158,9 @@ cdef class GuestMap:
     """An immutable table of regions.
 
     `regions` is a sequence of tuples (guest address, size, host address, fd or -1, offset in the file,
-    page that is given back whole or not at all, method). `holds` is whatever has to stay alive as long as
-    the map does. `inhibition` is the guest memory's, which outlives the map; without it the map has its own.
+    page that is given back whole or not at all, method[, huge page to split before a part of it is
+    discarded]). `holds` is whatever has to stay alive as long as the map does. `inhibition` is the guest
+    memory's, which outlives the map; without it the map has its own.
 
     :raise ConfigError: a region is empty, ends above 2^64, overlaps another or is not page-aligned.
     """
@@ -175,7 +176,7 @@ cdef class GuestMap:
         if self.map.regions == NULL:
             raise MemoryError
         end = 0
-        for guest, size, host, fd, fd_offset, page, method in rows:
+        for guest, size, host, fd, fd_offset, page, method, *more in rows:
             if not 0 < size < 1 << 64 or min(guest, host, fd_offset) < 0 \
                     or max(guest, host, fd_offset) + size > 1 << 64:
                 raise ConfigError(f"a region of {size} bytes at guest address {guest:#x} cannot be")
@@ -187,6 +188,9 @@ cdef class GuestMap:
                 raise ConfigError(
                     f"the region at guest address {guest:#x} is not aligned to its page of {page} bytes"
                 )
+            split = more[0] if more else 0
+            if split and (split < page or split & (split - 1)):
+                raise ConfigError(f"the region at guest address {guest:#x} has no huge pages of {split} bytes")
             end = guest + size
             region = &self.map.regions[index]
             region.guest = guest
@@ -195,6 +199,7 @@ cdef class GuestMap:
             region.fd = fd
             region.fd_offset = fd_offset
             region.page = page
+            region.split = split
             region.method = METHODS.index(method)
             region.refused = 0
             region.inhibited = &self.inhibition.inhibited

@@ -14,6 +14,7 @@ ctypedef struct reclaim_counters_t:
     uint64_t skipped_bytes   # in memory of which nothing can be freed
     uint64_t failed_bytes    # the kernel said no
     uint64_t inhibited_bytes  # nobody asked: discards are inhibited (CONTRACTS 8)
+    uint64_t split_blocks    # huge pages that were asked to be split before a part of them was discarded
     uint64_t failures
     uint64_t system_calls
 

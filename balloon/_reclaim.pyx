@@ -8,6 +8,8 @@ Rules:
   and fallocate(2) zeroes the edges, so that an untrimmed run destroys its neighbours.
 * A run that fails is counted and skipped; the others go on (CONTRACTS 16). If the kernel refuses the call
   as such, the region's method becomes "none", and the control plane looks into it once.
+* A transparent huge page is freed only as a whole: of one that is discarded in parts nothing comes back,
+  unless it is split first (RECLAIM 1.7). A region may ask for that; no other pays for it.
 * Whether discards are inhibited is looked at right before each system call, its repetitions too. A flush is
   of one map, so that in a vectored call one look is good for all runs.
 """
@@ -19,7 +21,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from balloon._kernel cimport (
-    MADV_DONTNEED, MADV_REMOVE, iovec, kernel_advise, kernel_advise_many, kernel_punch, kernel_vectored,
+    MADV_COLD, MADV_DONTNEED, MADV_REMOVE, iovec, kernel_advise, kernel_advise_many, kernel_punch, kernel_vectored,
 )
 from balloon._memory cimport (
     METHOD_DONTNEED, METHOD_NONE, METHOD_PUNCH, METHOD_REMOVE, GuestMap, check_process, map_find,
@@ -206,6 +208,34 @@ cdef void discard_vector(reclaim_t *r, range_t *pieces, uint32_t count,
             first += 1
 
 
+cdef uint64_t split_block(range_t *piece, uint64_t at, uint64_t block,
+                          reclaim_counters_t *counters) noexcept nogil:
+    """Have the huge page that holds `at` split, unless it is `block`, which was; returns which one it is.
+
+    The kernel has no call for it, but splits what it is to make cold in part. The page that is named goes in
+    a moment, so that nothing is lost if it does become cold. Where it is refused, memory comes back late.
+    """
+    cdef uint64_t found = at & ~(piece.region.split - 1)
+    if found != block and not flag_load(piece.region.inhibited):
+        counters.system_calls += 1
+        if kernel_advise(at, piece.region.page, MADV_COLD) == 0:
+            counters.split_blocks += 1
+    return found
+
+
+cdef uint64_t split_edges(range_t *piece, uint64_t block, reclaim_counters_t *counters) noexcept nogil:
+    """Split the huge pages that a run covers in part: where it begins and where it ends.
+
+    Runs come sorted: the one that was split last, `block`, is the only one that can come again.
+    """
+    cdef uint64_t inside = piece.region.split - 1
+    if piece.start & inside:
+        block = split_block(piece, piece.start, block, counters)
+    if piece.end & inside:
+        block = split_block(piece, piece.end - piece.region.page, block, counters)
+    return block
+
+
 cdef void reclaim_settle(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil:
     """Decide what the kernel will be asked for: sorted, merged, whole pages, in memory that has a method.
 
@@ -254,6 +284,7 @@ cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nog
     """Give everything that was added back to the kernel; empty afterwards."""
     cdef uint32_t number
     cdef uint32_t kept = 0
+    cdef uint64_t block = <uint64_t>-1  # no address of a huge page
     cdef range_t *piece
     cdef int method
     if not r.settled:
@@ -265,6 +296,8 @@ cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nog
             counters.skipped_bytes += piece.end - piece.start
             continue
         counters.ranges += 1
+        if piece.region.split and method == METHOD_DONTNEED:
+            block = split_edges(piece, block, counters)
         if method == METHOD_DONTNEED and r.vectored:
             r.ranges[kept] = piece[0]
             kept += 1

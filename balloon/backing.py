@@ -32,6 +32,7 @@ from balloon.errors import ConfigError, StateError
 
 __all__ = ["FdRegion", "Mapping", "Piece", "Region", "map_fd", "read_mappings"]
 
+HUGE_PAGE_SIZE: Final = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) [0-9a-f]+ \S+ (\d+) *(.*)")
 
 
@@ -142,7 +143,10 @@ class Region:
     fd: int = -1
     offset: int = 0
     shared_file: bool = False
+    split: str | None = None
     pieces: list[Piece] = field(default_factory=list, repr=False)
+    _base_bytes: int = field(default=0, repr=False)
+    _split_bytes: int = field(default=0, repr=False)
     _declared: int | None = field(default=None, repr=False)
     _hold: BufferHold | None = field(default=None, repr=False)
     _mapped: mmap.mmap | FileMapping | None = field(default=None, repr=False)
@@ -209,9 +213,32 @@ class Region:
                     f"the region at {self.guest_address:#x} has to start and end at a page of "
                     f"{piece.page_bytes} bytes: use mmap.mmap, a memfd or aligned memory"
                 )
+        self._find_split()
+
+    def _find_split(self) -> None:
+        """Find out what `split` asks for: bytes of a huge page that is split before a part of it goes."""
+        if self.split is None:
+            return
+        where = f"the region at {self.guest_address:#x}"
+        if self.split != "eager":
+            raise ConfigError(f'{where}: split is None or "eager", and not {self.split!r}')
+        # Memory that a file or huge pages of their own back is freed in parts at once, or never.
+        if mmap.PAGESIZE != 4096 or self._base_bytes != 4096 or self.method != "dontneed":
+            why = self.reason or "it is shared, or lies in huge pages of its own"
+            raise ConfigError(f"{where} has no use for a split, private anonymous memory has: {why}")
+        try:
+            with open(HUGE_PAGE_SIZE, encoding="ascii") as file:
+                self._split_bytes = int(file.read())
+        except OSError as error:
+            raise ConfigError(f"{where}: this kernel has no transparent huge pages to split") from error
+        if self.page_bytes >= self._split_bytes:
+            raise ConfigError(
+                f"{where} is given back in pages of {self.page_bytes} bytes: no huge page goes in parts"
+            )
 
     def _add_piece(self, here: int, size: int, page_bytes: int, method: str, reason: str) -> int:
         """Add the part of the region that begins at an address; returns where the next one begins."""
+        self._base_bytes = max(self._base_bytes, page_bytes)
         if self._declared is not None:
             if self._declared < page_bytes:
                 raise ConfigError(

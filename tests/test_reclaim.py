@@ -54,7 +54,7 @@ RAM_AT = 3 << 30
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 SHARED = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
 MAP_FIXED, MAP_HUGETLB = 0x10, 0x40000
-MADV_DONTNEED, MADV_REMOVE, MADV_HUGEPAGE = 4, 9, 14
+MADV_DONTNEED, MADV_REMOVE, MADV_HUGEPAGE, MADV_COLD = 4, 9, 14, 20
 KEEP_SIZE_PUNCH_HOLE = 3
 MFD_HUGETLB = 4
 F_ADD_SEALS = 1033
@@ -184,7 +184,8 @@ class Kernel:
 
     def madvise(self, address: int, length: int, advice: int) -> int:
         self.asked += 1
-        error = self.one(Call({MADV_DONTNEED: "dontneed", MADV_REMOVE: "remove"}[advice], address, length))
+        kinds = {MADV_DONTNEED: "dontneed", MADV_REMOVE: "remove", MADV_COLD: "cold"}
+        error = self.one(Call(kinds[advice], address, length))
         if self.real and not error:
             return real_madvise(address, length, advice)
         return self.answer(error)
@@ -1568,6 +1569,219 @@ def test_two_threads_do_not_mix_their_ranges(late: bool) -> None:
         first.result()
     assert isinstance(second.error, StateError)
     assert calls == [0]
+
+
+# ------------------------------------------------------------------------------- splitting huge pages eagerly
+
+THP = "/sys/kernel/mm/transparent_hugepage"
+SPLIT_ROW = (0, GIB, HOST, -1, 0, PAGE, "dontneed", HUGE)
+KPF_THP = 1 << 22
+
+
+def vmstat(name: str) -> int:
+    with open("/proc/vmstat", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.split()[0] == name)
+
+
+def in_huge_pages(address: int, count: int) -> Any:
+    """For each page of 4 KiB: 1 if it is part of a huge page, 0 if it is one of its own, -1 if it is absent.
+
+    By the page itself and not by our page tables, which lie: a huge page that is mapped in parts is whole.
+    """
+    with open("/proc/self/pagemap", "rb") as tables, open("/proc/kpageflags", "rb", buffering=0) as flags:
+        tables.seek(address // PAGE * 8)
+        entries = np.frombuffer(tables.read(8 * count), dtype="<u8")
+        found = np.full(count, -1)
+        for number, entry in enumerate(entries.tolist()):
+            if entry >> 63:
+                flags.seek((entry & ((1 << 55) - 1)) * 8)
+                found[number] = bool(struct.unpack("<Q", flags.read(8))[0] & KPF_THP)
+    return found
+
+
+@pytest.mark.parametrize("split", [None, "eager"])
+@pytest.mark.parametrize("how", ["inflate", "vectored", "one by one"])
+def test_a_huge_page_that_goes_in_parts_is_freed_in_parts_only_if_it_is_split(
+    split: str | None, how: str, require: Require
+) -> None:
+    """RECLAIM 1.7. The resident size lies: it falls in both cases. The pages that stay tell the truth."""
+    require("thp", os.path.exists(f"{THP}/hpage_pmd_size"), "this kernel has no transparent huge pages")
+    require("thp", os.access("/proc/kpageflags", os.R_OK), "/proc/kpageflags is for root only")
+    count = 16
+    size = count * HUGE
+    ram = mmap.mmap(-1, size + HUGE, flags=PRIVATE)
+    ram.madvise(MADV_HUGEPAGE)
+    start = -(-address_of(ram) // HUGE) * HUGE
+    ctypes.memset(start, 1, size)
+    got = smaps_kib(start, "AnonHugePages")
+    require("thp", got >= size >> 10, f"the kernel gave {got} KiB of huge pages, not {size >> 10}")
+    require("thp", in_huge_pages(start, 1)[0] == 1, "/proc/kpageflags does not show what is huge")
+    memory = GuestMemory()
+    memory.add_address(start, size, owner=ram, guest_address=RAM_AT, split=split)
+    before = vmstat("thp_split_page")
+    pages = range(RAM_AT // PAGE, (RAM_AT + size) // PAGE, 2)
+    if how == "inflate":
+        device, driver = make_device(memory)
+        driver.inflate(list(pages))
+        asked = device.queue(0).counts()["split_blocks"]
+        del device, driver
+    else:
+        reclaimer = Reclaimer()
+        reclaimer.vectored = how == "vectored"
+        reclaimer.discard(memory.map, [(page * PAGE, PAGE) for page in pages])
+        asked = reclaimer.counts()["split_blocks"]
+    there = resident(start, size)
+    assert there.sum() == size // PAGE // 2  # so says mincore, and so RSS
+    left = in_huge_pages(start, size // PAGE)
+    assert (left[::2] == -1).all()
+    if split:
+        assert (left[1::2] == 0).all()
+        assert asked >= count
+        assert vmstat("thp_split_page") - before >= count
+    else:
+        assert (left[1::2] == 1).all()  # each one still holds all its 512 pages
+        assert asked == 0
+    assert (
+        np.frombuffer(ctypes.string_at(start, size), dtype=np.uint8).reshape(-1, 2, PAGE)[:, 1] == 1
+    ).all()
+    memory.close()
+
+
+parts = st.lists(st.tuples(st.integers(0, 4 * 512 - 1), st.integers(1, 1200)), min_size=1, max_size=12)
+
+
+@given(parts, st.booleans())
+@example([(0, 512)], True)  # a whole one
+@example([(512, 1), (514, 1), (1023, 1)], True)  # one, three times
+@example([(1, 2047)], True)  # in part, whole, whole, whole
+@example([(511, 2)], False)  # the end of one and the beginning of the next
+def test_each_huge_page_that_goes_in_part_is_split_once_and_before_it_goes(
+    wanted: list[Range], vectored: bool
+) -> None:
+    table = GuestMap([SPLIT_ROW])
+    reclaimer = Reclaimer()
+    reclaimer.vectored = vectored
+    marks = np.zeros(8 * 512, dtype=bool)
+    for first, count in wanted:
+        marks[first : first + count] = True
+    with Kernel() as kernel:
+        reclaimer.discard(table, [(first * PAGE, count * PAGE) for first, count in wanted])
+    # A run that begins and ends at a huge page splits none of those between.
+    expected = sorted(
+        {
+            edge // 512
+            for run in runs(marks)
+            for edge, at in zip((run[0], run[1] - 1), run, strict=True)
+            if at % 512
+        }
+    )
+    cold = [call for call in kernel.calls if call.kind == "cold"]
+    assert [(call.start - HOST) // HUGE for call in cold] == expected
+    assert {call.length for call in cold} <= {PAGE}
+    gone = [call for call in kernel.calls if call.kind != "cold"]
+    assert [(call.start - HOST, call.start - HOST + call.length) for call in gone] == [
+        (first * PAGE, last * PAGE) for first, last in runs(marks)
+    ]
+    for call in cold:  # it names a page that goes, and comes before any page of its huge page goes
+        assert marks[(call.start - HOST) // PAGE]
+        block = call.start // HUGE
+        touching = [c for c in gone if c.start // HUGE <= block <= (c.start + c.length - 1) // HUGE]
+        assert all(kernel.calls.index(call) < kernel.calls.index(one) for one in touching)
+    counts = reclaimer.counts()
+    assert (counts["split_blocks"], counts["system_calls"]) == (len(cold), kernel.asked)
+    assert counts["ranges"] == len(gone)
+
+
+def test_a_split_that_is_refused_changes_nothing_else() -> None:
+    table = GuestMap([SPLIT_ROW])
+    reclaimer = Reclaimer()
+    with Kernel(refuse=lambda call: errno.EINVAL if call.kind == "cold" else 0) as kernel:
+        reclaimer.discard(table, [(PAGE, PAGE), (HUGE + PAGE, PAGE)])
+    assert [call.kind for call in kernel.calls] == ["cold", "cold", "dontneed", "dontneed"]
+    counts = reclaimer.counts()
+    assert (counts["split_blocks"], counts["failures"], counts["advised_bytes"]) == (0, 0, 2 * PAGE)
+    assert table.method(0) == ("dontneed", 0)
+
+
+def test_nothing_is_split_that_is_not_asked_to_be_or_does_not_go() -> None:
+    """Other methods, other regions, memory that is inhibited."""
+    rows = [
+        (0, GIB, HOST, -1, 0, PAGE, "dontneed"),
+        (GIB, GIB, HOST + GIB, -1, 0, PAGE, "remove", HUGE),
+        (2 * GIB, GIB, HOST + 2 * GIB, -1, 0, PAGE, "none", HUGE),
+    ]
+    reclaimer = Reclaimer()
+    with Kernel() as kernel:
+        reclaimer.discard(GuestMap(rows), [(n * GIB + PAGE, PAGE) for n in range(3)])
+        table = GuestMap([SPLIT_ROW])
+        table.inhibition.begin()
+        reclaimer.discard(table, [(PAGE, PAGE)])
+    assert sorted(call.kind for call in kernel.calls) == ["dontneed", "remove"]
+    assert reclaimer.counts()["split_blocks"] == 0
+
+
+def test_a_declared_page_is_split_off_whole() -> None:
+    with Kernel() as kernel:
+        Reclaimer().discard(GuestMap([(*SPLIT_ROW[:5], BIG, "dontneed", HUGE)]), [(BIG, 2 * BIG)])
+    assert kernel.calls == [Call("cold", HOST + BIG, BIG), Call("dontneed", HOST + BIG, 2 * BIG)]
+
+
+@pytest.mark.parametrize("split", [1, PAGE // 2, 3 * PAGE, HUGE + PAGE, BIG // 2])
+def test_a_huge_page_to_split_is_a_power_of_two_and_no_smaller_than_a_page(split: int) -> None:
+    with pytest.raises(ConfigError, match=f"has no huge pages of {split} bytes"):
+        GuestMap([(0, GIB, HOST, -1, 0, BIG, "dontneed", split)])
+
+
+@pytest.mark.parametrize("split", ["lazy", "", True, 1, "Eager"])
+def test_a_split_is_eager_or_none(split: Any) -> None:
+    ram = mmap.mmap(-1, PAGE, flags=PRIVATE)
+    memory = GuestMemory()
+    with pytest.raises(ConfigError, match="split is None or"):
+        memory.add(ram, split=split)
+    with pytest.raises(ConfigError, match="split is None or"):
+        memory.add_address(address_of(ram), PAGE, owner=ram, split=split)
+    assert not memory.regions
+
+
+@pytest.mark.parametrize("kind", ["shared", "memfd", "file", "locked", "hugetlb", "whole pages", "mixed"])
+def test_a_split_is_refused_where_it_means_nothing(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, require: Require
+) -> None:
+    require("thp", os.path.exists(f"{THP}/hpage_pmd_size"), "this kernel has no transparent huge pages")
+    if kind == "hugetlb":
+        request.getfixturevalue("huge_pages")
+    text, page = "has no use for a split", None
+    with contextlib.ExitStack() as stack:
+        if kind == "shared":
+            ram = mmap.mmap(-1, HUGE)
+        elif kind == "memfd":
+            ram = mmap.mmap(memory_file(stack, HUGE), HUGE)
+        elif kind == "file":
+            ram = private_file(stack, tmp_path, HUGE).buffer
+            text = "private mapping of a file"
+        elif kind == "hugetlb":
+            ram = mmap.mmap(-1, HUGE, flags=PRIVATE | MAP_HUGETLB)
+        else:
+            ram = mmap.mmap(-1, 2 * HUGE, flags=PRIVATE)
+        view = memoryview(ram)
+        if kind in ("locked", "mixed"):
+            lock(address_of(ram), 2 * HUGE if kind == "locked" else PAGE)
+            text = "locked"
+        if kind == "whole pages":
+            view = view[-address_of(ram) % HUGE :][:HUGE]
+            page, text = HUGE, "given back in pages of 2097152 bytes: no huge page goes in parts"
+        memory = GuestMemory()
+        with pytest.raises(ConfigError, match=text):
+            memory.add(view, split="eager", page_bytes=page)
+        assert not memory.regions
+        memory.add(view, page_bytes=page)
+        memory.close()
+
+
+def test_a_split_is_refused_by_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("balloon.backing.HUGE_PAGE_SIZE", "/proc/no such file")
+    with pytest.raises(ConfigError, match="no transparent huge pages to split"):
+        GuestMemory().add(mmap.mmap(-1, PAGE, flags=PRIVATE), split="eager")
 
 
 # ------------------------------------------------------------------------------------------------- inhibition
