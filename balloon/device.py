@@ -263,9 +263,10 @@ class Balloon(VirtioDevice):
         return merge_ranges(self._plane.hints()[0])
 
     def _hints_moved(self) -> Effect:
-        if not self._rounds.active:
+        state = HintState(self._plane.hint_state)
+        if not self._rounds.active or state is HintState.IDLE:  # another thread begins one
             return Effect.NONE
-        self._rounds.state = HintState(self._plane.hint_state)
+        self._rounds.state = state
         effect = Effect.HINTS
         if self._rounds.state is HintState.COMPLETE and self._rounds.round and not self._rounds.round.hold:
             effect |= self.finish_hinting()

@@ -158,6 +158,11 @@ class Rig:
         got: list[int] = []
         self.until(lambda: got.extend(self.queue.take_used()) or len(got) >= len(heads), "their use")
         assert got == heads
+        if self.worker is not None:  # what it serves after that comes after all that it had to tell of that
+            queue = self.driver.queues[Role.REPORTING]
+            queue.post([(HIGH, 0, True)])
+            self.kick(REPORTS)
+            self.until(queue.take_used, "the use of an empty report")
         self.pump()
 
     def round(self, use: Any = "reclaim", **options: Any) -> HintingRound:
@@ -708,6 +713,8 @@ def test_an_end_in_the_middle_of_a_long_chain(how: How, by: str) -> None:
     total = 28
     with rig(how, middle=2 * SLICE_BYTES) as it:
         begun = it.round()
+        it.send(it.word(begun.id))
+        it.until(lambda: it.state is HintState.RUNNING)
         later = it.page(1)
         at_return: list[int] = []
         ends = {
@@ -716,7 +723,10 @@ def test_an_end_in_the_middle_of_a_long_chain(how: How, by: str) -> None:
             "collect instead": lambda: it.round("collect"),
         }
 
+        entered = threading.Event()
+
         def end() -> None:
+            entered.set()
             ends[by]()
             at_return.append(len(calls))
 
@@ -725,6 +735,7 @@ def test_an_end_in_the_middle_of_a_long_chain(how: How, by: str) -> None:
         def before(number: int) -> None:
             if number == 1:
                 thread.start()
+                entered.wait(PATIENCE)
             time.sleep(0.01)
 
         with slow_kernel(before) as calls:
@@ -733,9 +744,13 @@ def test_an_end_in_the_middle_of_a_long_chain(how: How, by: str) -> None:
                 *[(LOW + n % 2 * SLICE_BYTES, SLICE_BYTES, True) for n in range(total)],
             ]
             head = it.queue.post([*chain, (later, PAGE, True)])
-            it.kick()
-            it.until(lambda: it.queue.used_header[1] == 1)
+            it.kick(pump=False)
+            if how == "notify":
+                assert it.device.notify(HINTS) & Effect.NOTIFY_AGAIN
+            else:
+                it.until(entered.is_set)
             thread.join(PATIENCE)
+            it.until(lambda: it.queue.used_header[1] == 2)
             assert at_return == [len(calls)]
         assert 0 < len(calls) < total
         assert it.queue.take_used() == [head]
@@ -763,6 +778,28 @@ def test_a_new_round_replaces_one_that_goes_on(how: How) -> None:
         it.until(lambda: it.state is HintState.DONE)
         it.expect([4, 6])
         assert it.device.counters.stale_hint_bytes == 3 * PAGE
+
+
+def test_news_of_the_old_round_while_another_thread_begins_a_new_one() -> None:
+    """They are looked at when the old one has ended and the new one is not begun: its id is shown nonetheless."""
+    with rig("notify") as it:
+        old = it.round()
+        it.send(it.word(old.id))
+        real = it.device._set_hooks
+
+        def in_between() -> None:
+            thread = threading.Thread(target=it.device.on_event, args=("hints", it.native))
+            thread.start()
+            thread.join(PATIENCE)
+            real()
+
+        it.device._set_hooks = in_between  # type: ignore[method-assign]
+        new = it.round()
+        it.device._set_hooks = real  # type: ignore[method-assign]
+        assert (it.shown, it.state) == (new.id, HintState.REQUESTED)
+        it.send([*it.word(new.id), *it.hints(1)], it.word(STOP))
+        assert it.state is HintState.DONE
+        it.expect([1])
 
 
 @both_ways
