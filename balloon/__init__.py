@@ -23,8 +23,10 @@ from balloon.errors import (
     RingError,
     StateError,
 )
+from balloon.hinting import HintingRound, HintState
 from balloon.memory import FdRegion, GuestMemory, Region
 from balloon.spec import Feature, Role, Status
+from balloon.stats import Stats, StatsRequest
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,8 @@ __all__ = [
     "Feature",
     "GuestError",
     "GuestMemory",
+    "HintState",
+    "HintingRound",
     "PayloadError",
     "PeerError",
     "ReclaimError",
@@ -45,6 +49,8 @@ __all__ = [
     "RingError",
     "Role",
     "StateError",
+    "Stats",
+    "StatsRequest",
     "Status",
     "Worker",
     "__version__",

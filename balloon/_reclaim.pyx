@@ -21,7 +21,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from balloon._kernel cimport (
-    MADV_COLD, MADV_DONTNEED, MADV_REMOVE, iovec, kernel_advise, kernel_advise_many, kernel_punch, kernel_vectored,
+    MADV_COLD, MADV_DONTNEED, MADV_REMOVE, iovec, kernel_advise, kernel_advise_many, kernel_punch,
+    kernel_vectored,
 )
 from balloon._memory cimport (
     METHOD_DONTNEED, METHOD_NONE, METHOD_PUNCH, METHOD_REMOVE, GuestMap, check_process, map_find,
