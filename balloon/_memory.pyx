@@ -190,7 +190,7 @@ cdef class GuestMap:
                 )
             split = more[0] if more else 0
             if split and (split < page or split & (split - 1)):
-                raise ConfigError(f"the region at guest address {guest:#x} has no huge pages of {split} bytes")
+                raise ConfigError(f"the region at guest address {guest:#x}: no huge page has {split} bytes")
             end = guest + size
             region = &self.map.regions[index]
             region.guest = guest

@@ -303,7 +303,7 @@ cdef class DataQueue:
         return bool(notify)
 
     def quiesce(self):
-        """End a chain that was cut short, under `hold()`: then only a statistics buffer is held (CONTRACTS 24).
+        """End a chain that was cut short, under `hold()`: only statistics may be held then (CONTRACTS 24).
 
         Returns the index of the next available entry for whoever goes on in another place, which pops a held
         buffer once more, and whether the driver is owed a notification.

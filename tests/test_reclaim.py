@@ -1728,7 +1728,7 @@ def test_a_declared_page_is_split_off_whole() -> None:
 
 @pytest.mark.parametrize("split", [1, PAGE // 2, 3 * PAGE, HUGE + PAGE, BIG // 2])
 def test_a_huge_page_to_split_is_a_power_of_two_and_no_smaller_than_a_page(split: int) -> None:
-    with pytest.raises(ConfigError, match=f"has no huge pages of {split} bytes"):
+    with pytest.raises(ConfigError, match=f"no huge page has {split} bytes"):
         GuestMap([(0, GIB, HOST, -1, 0, BIG, "dontneed", split)])
 
 
