@@ -25,8 +25,16 @@ from balloon.testing.ram import GuestRam
 KIB, MIB = 1 << 10, 1 << 20
 PAGE = 4096
 PATIENCE = 60.0
+HUGE = 2 * MIB
+"""A page of hugetlbfs, which `huge_pages` of conftest.py reserves."""
 BIG_AT = 1 << 30
 """Guest address of the region with larger pages."""
+
+
+def meminfo(name: str) -> int:
+    """A number of /proc/meminfo."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def until(true: Callable[[], Any], what: str = "it") -> Any:

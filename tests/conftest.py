@@ -6,6 +6,8 @@ BALLOON_REQUIRE=uml,hugetlb  what `require` asks for by these names fails where 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
 import importlib
 import os
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from bench import HUGE, meminfo
 from hypothesis import settings
 
 # A time limit for one example fails on a busy machine, and under the sanitizers.
@@ -76,3 +79,40 @@ def nothing_left_open(request: pytest.FixtureRequest) -> Iterator[None]:
     left = open_files() - before
     if not request.session.testsfailed:  # the traceback of a failure keeps alive what its test had
         assert not left, f"the tests left open: {dict(left)}"
+
+
+HUGE_PAGES = 32
+"""How many are reserved: more than any one test takes."""
+
+
+@pytest.fixture(scope="module")
+def huge_pages(require: Callable[[str, object, str], None]) -> Iterator[None]:
+    """Huge pages for these tests; those that had to be reserved are given back at the end."""
+    require("hugetlb", meminfo("Hugepagesize") == HUGE >> 10, "the default huge page is not 2 MiB")
+    path = "/proc/sys/vm/nr_hugepages"
+    with open(path, encoding="ascii") as pool:
+        fcntl.flock(pool, fcntl.LOCK_EX)  # other runs of these tests on this machine wait
+        before = int(pool.read())
+        missing = max(0, HUGE_PAGES - meminfo("HugePages_Free") + meminfo("HugePages_Rsvd"))
+
+        def resize(pages: int) -> None:
+            with open(path, "w", encoding="ascii") as file:
+                file.write(str(pages))
+
+        try:
+            if missing:
+                try:
+                    resize(before + missing)
+                except OSError as error:
+                    require("hugetlb", False, f"{path}: {error.strerror}")
+                pool.seek(0)
+                got = int(pool.read()) - before
+                require("hugetlb", got == missing, f"of {missing} huge pages the kernel reserved {got}")
+            free = meminfo("HugePages_Free")
+            yield
+            gc.collect()
+            assert meminfo("HugePages_Free") == free
+        finally:
+            if missing:
+                with contextlib.suppress(PermissionError):
+                    resize(before)

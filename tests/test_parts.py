@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import gc
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from bench import BIG_AT, KIB, MIB, PAGE, PATIENCE, Bench, Events, Gate, Recorder, Steps, thread, until
+from bench import BIG_AT, HUGE, KIB, MIB, PAGE, PATIENCE, Bench, Events, Gate, Recorder, Steps, thread, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +23,6 @@ from balloon.spec import SLICE_WORK, Feature, Role
 
 PARTS = 16
 """In a page of 64 KiB."""
-HUGE = 2 * MIB
 MFD_HUGETLB = 4
 WITHOUT_TELLING = Feature.PAGE_POISON | Feature.MUST_TELL_HOST
 
@@ -658,47 +655,6 @@ def open_bytes(guest: Guest) -> int:
 
 
 # ------------------------------------------------------------------------------------------ huge pages
-
-
-def meminfo(name: str) -> int:
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        return next((int(line.split()[1]) for line in lines if line.startswith(name + ":")), 0)
-
-
-POOL = 8
-
-
-@pytest.fixture(scope="module")
-def huge_pages(require: Callable[[str, object, str], None]) -> Iterator[None]:
-    """Huge pages for these tests; those that had to be reserved are given back at the end."""
-    require("hugetlb", meminfo("Hugepagesize") == HUGE >> 10, "the default huge page is not 2 MiB")
-    path = "/proc/sys/vm/nr_hugepages"
-    with open(path, encoding="ascii") as pool:
-        fcntl.flock(pool, fcntl.LOCK_EX)  # other runs of these tests on this machine wait
-        before = int(pool.read())
-        missing = max(0, POOL - meminfo("HugePages_Free") + meminfo("HugePages_Rsvd"))
-
-        def resize(pages: int) -> None:
-            with open(path, "w", encoding="ascii") as file:
-                file.write(str(pages))
-
-        try:
-            if missing:
-                try:
-                    resize(before + missing)
-                except OSError as error:
-                    require("hugetlb", False, f"{path}: {error.strerror}")
-                pool.seek(0)
-                got = int(pool.read()) - before
-                require("hugetlb", got == missing, f"of {missing} huge pages the kernel reserved {got}")
-            free = meminfo("HugePages_Free")
-            yield
-            gc.collect()
-            assert meminfo("HugePages_Free") == free
-        finally:
-            if missing:
-                with contextlib.suppress(PermissionError):
-                    resize(before)
 
 
 def huge_bench(stack: contextlib.ExitStack, pages: int, worker: Worker | None = None) -> Bench:

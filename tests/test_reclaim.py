@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from bench import HUGE, meminfo
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -104,14 +105,6 @@ def resident(address: int, size: int) -> Any:
 def blocks(fd: int) -> int:
     """Bytes that a file holds, by fstat(2)."""
     return os.fstat(fd).st_blocks * 512
-
-
-def meminfo(name: str) -> int:
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1])
-    raise KeyError(name)
 
 
 def smaps_kib(address: int, name: str) -> int:
@@ -317,9 +310,6 @@ class Bare:
 # ------------------------------------------------------------------------------------------ the backing table
 
 UNITS = 10
-HUGE = 2 * MIB
-POOL = 32
-"""Huge pages to reserve: more than any one test takes."""
 
 
 @dataclass
@@ -482,39 +472,6 @@ KEPT: dict[str, Backing] = {
     "locked, memfd as a buffer": Backing(locked(memfd_buffer()), "none", reason="locked (mlock)"),
 }
 """What nothing can be given back of, and why."""
-
-
-@pytest.fixture(scope="module")
-def huge_pages(require: Require) -> Iterator[None]:
-    """Huge pages for these tests; those that had to be reserved are given back at the end."""
-    require("hugetlb", meminfo("Hugepagesize") == HUGE >> 10, "the default huge page is not 2 MiB")
-    path = "/proc/sys/vm/nr_hugepages"
-    with open(path, encoding="ascii") as pool:
-        fcntl.flock(pool, fcntl.LOCK_EX)  # other runs of these tests on this machine wait
-        before = int(pool.read())
-        missing = max(0, POOL - meminfo("HugePages_Free") + meminfo("HugePages_Rsvd"))
-
-        def resize(pages: int) -> None:
-            with open(path, "w", encoding="ascii") as file:
-                file.write(str(pages))
-
-        try:
-            if missing:
-                try:
-                    resize(before + missing)
-                except OSError as error:
-                    require("hugetlb", False, f"{path}: {error.strerror}")
-                pool.seek(0)
-                got = int(pool.read()) - before
-                require("hugetlb", got == missing, f"of {missing} huge pages the kernel reserved {got}")
-            free = meminfo("HugePages_Free")
-            yield
-            gc.collect()
-            assert meminfo("HugePages_Free") == free
-        finally:
-            if missing:
-                with contextlib.suppress(PermissionError):
-                    resize(before)
 
 
 @dataclass
