@@ -532,6 +532,7 @@ def test_close_while_a_discard_is_under_way() -> None:
 
 def test_close_frees_every_queue_and_may_be_repeated() -> None:
     benches = [Bench() for _ in range(3)]
+    gc.collect()  # what other tests have left must not go in the middle
     fds = len(os.listdir("/proc/self/fd"))
     worker = Worker()
     for bench in benches:
@@ -1585,6 +1586,7 @@ def test_a_worker_that_nobody_holds_goes_on() -> None:
 def test_a_worker_that_cannot_be_made_leaks_nothing() -> None:
     """Out of file descriptors, or of threads: an OSError or a RuntimeError, and no fd is left behind."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gc.collect()
     count = len(os.listdir("/proc/self/fd"))
     spare = [os.dup(0)]
     top = max(int(name) for name in os.listdir("/proc/self/fd")) + 1
