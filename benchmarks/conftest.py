@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import CLOCK
 
 import balloon
 from balloon._reclaim import Reclaimer
-from harness import CLOCK
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""The C in the `.c` files beside this one, compiled with the flags of our own modules and loaded with ctypes."""
+"""The C files beside this one, compiled with the optimisation of our own modules and loaded with ctypes."""
 
 from __future__ import annotations
 
