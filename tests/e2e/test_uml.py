@@ -270,7 +270,8 @@ def test_pitfall_15_deflate_on_oom_stays_until_the_target_changes(
         assert lower < size  # the guest took pages back instead of killing somebody
         guest.run("rm /mnt/fill")
         time.sleep(3)
-        assert server.device.actual_bytes == lower  # and keeps them, though the target is still higher
+        # It keeps them, though the target is still higher. The last of them may have been told of after `lower`.
+        assert server.device.actual_bytes <= lower
         server.set_target(size - 4 * MIB)
         wait_until(
             lambda: server.device.actual_bytes == size - 4 * MIB, lambda: str(server.device.actual_bytes)
