@@ -15,8 +15,13 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifndef SYS_process_madvise
+#define SYS_process_madvise 440
+#endif
 
 #define PAGE 4096u
 
@@ -76,6 +81,18 @@ int64_t discard_ranges(const volatile struct range *ranges, size_t count, const 
     return now() - begin;
 }
 
+/*
+ * The limit: one vectored call for ranges of this process that somebody else has sorted and merged. Struct range
+ * is laid out like struct iovec.
+ */
+int64_t discard_vector(const struct range *ranges, size_t count)
+{
+    int64_t begin = now();
+    int64_t done = syscall(SYS_process_madvise, -10001 /* PIDFD_SELF_THREAD_GROUP */, ranges, count, MADV_DONTNEED, 0U);
+
+    return done < 0 ? -errno : now() - begin;
+}
+
 /* Write to every page of ranges of this process. */
 void touch(const struct range *ranges, size_t count)
 {
@@ -103,17 +120,38 @@ static void pin(int cpu)
     pthread_setaffinity_np(pthread_self(), sizeof set, &set);
 }
 
-/* Another thread of the process that computes. */
+/* What computes beside us: its thread, and a number that it counts up while it runs. */
+
+static atomic_int other_thread;
+static _Atomic uint32_t *beats;
+
+int other_id(void)
+{
+    return atomic_load(&other_thread);
+}
+
+/* Wait until it has run just now: 0 or ETIMEDOUT. */
+int other_runs(int milliseconds)
+{
+    int64_t until = now() + milliseconds * INT64_C(1000000);
+    uint32_t first = *beats;
+
+    while (*beats - first < 2)
+        if (now() > until)
+            return ETIMEDOUT;
+    return 0;
+}
 
 static pthread_t spinner;
 static atomic_int spinning;
+static _Atomic uint32_t turns;
 
 static void *spin(void *cpu)
 {
     pin((int)(intptr_t)cpu);
-    atomic_store(&spinning, 2);
-    while (atomic_load_explicit(&spinning, memory_order_relaxed) == 2)
-        ;
+    atomic_store(&other_thread, (int)gettid());
+    while (atomic_load_explicit(&spinning, memory_order_relaxed))
+        atomic_store_explicit(&turns, turns + 1, memory_order_relaxed);
     return NULL;
 }
 
@@ -122,8 +160,10 @@ int spin_start(int cpu)
     int error;
 
     atomic_store(&spinning, 1);
+    atomic_store(&other_thread, 0);
+    beats = &turns;
     error = pthread_create(&spinner, NULL, spin, (void *)(intptr_t)cpu);
-    while (!error && atomic_load(&spinning) != 2)
+    while (!error && !atomic_load(&other_thread))
         sched_yield();
     return error;
 }
@@ -137,14 +177,15 @@ void spin_stop(void)
 /*
  * A KVM guest of one vCPU, which computes while it waits to be told which of its pages to write to.
  *
- * 32 bits, no paging. Its code lies at 0, the mailbox at 0x1000 (go, count), page frame numbers at 0x2000.
+ * 32 bits, no paging. Its code lies at 0, the mailbox at 0x1000 (go, count, turns), page frame numbers at 0x2000.
  */
 
 #if defined(__x86_64__)
 static const unsigned char code[] = {
-    0xa1, 0x00, 0x10, 0x00, 0x00,                               /* wait: mov eax, [0x1000] */
+    0xff, 0x05, 0x08, 0x10, 0x00, 0x00,                         /* wait: inc dword [0x1008] */
+    0xa1, 0x00, 0x10, 0x00, 0x00,                               /*       mov eax, [0x1000] */
     0x85, 0xc0,                                                 /*       test eax, eax */
-    0x74, 0xf7,                                                 /*       jz wait */
+    0x74, 0xf1,                                                 /*       jz wait */
     0x8b, 0x0d, 0x04, 0x10, 0x00, 0x00,                         /*       mov ecx, [0x1004] */
     0xbe, 0x00, 0x20, 0x00, 0x00,                               /*       mov esi, 0x2000 */
     0xad,                                                       /* next: lodsd */
@@ -153,7 +194,7 @@ static const unsigned char code[] = {
     0x49,                                                       /*       dec ecx */
     0x75, 0xf7,                                                 /*       jnz next */
     0xc7, 0x05, 0x00, 0x10, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, /*       mov dword [0x1000], 0 */
-    0xeb, 0xd7,                                                 /*       jmp wait */
+    0xeb, 0xd1,                                                 /*       jmp wait */
 };
 
 #define LOW_SIZE (4 * PAGE)
@@ -179,6 +220,7 @@ static void *run_guest(void *nothing)
 {
     (void)nothing;
     pin(guest.cpu);
+    atomic_store(&other_thread, (int)gettid());
     while (!atomic_load(&guest.stop))
         if (ioctl(guest.vcpu, KVM_RUN, 0) == 0 || errno != EINTR) {
             atomic_store(&guest.ended, 1 + (int)guest.run->exit_reason); /* it has no reason to come out */
@@ -263,8 +305,12 @@ int vcpu_start(void *ram, uint64_t at, uint64_t size, int cpu)
     if (!error) {
         sigaction(WAKE, &action, NULL);
         guest.cpu = cpu;
+        beats = (_Atomic uint32_t *)(guest.low + 0x1008);
+        atomic_store(&other_thread, 0);
         error = pthread_create(&guest.thread, NULL, run_guest, NULL);
         guest.started = !error;
+        while (!error && !atomic_load(&other_thread))
+            sched_yield();
     }
     if (error)
         vcpu_stop();

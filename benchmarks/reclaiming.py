@@ -35,7 +35,20 @@ from balloon.spec import Feature, Role
 from balloon.testing.driver import Driver
 from balloon.testing.ram import GuestRam
 
-__all__ = ["AT", "HUGE", "MIB", "PAGE", "Backing", "Guest", "Work", "measure", "need_vectored", "runs_of"]
+__all__ = [
+    "AT",
+    "HUGE",
+    "MIB",
+    "PAGE",
+    "VECTORED",
+    "Backing",
+    "Guest",
+    "Work",
+    "in_turn",
+    "measure",
+    "need_vectored",
+    "runs_of",
+]
 
 MIB: Final = 1 << 20
 PAGE: Final = 4096
@@ -47,6 +60,8 @@ CACHES: Final = 64 * MIB
 """More than the caches of the machines that this was run on."""
 MAP_NORESERVE: Final = 0x4000
 MAP_HUGETLB: Final = 0x40000
+
+VECTORED: Final = "the vectored call alone, C: the limit"
 
 Backing = Literal["anonymous", "memfd"]
 Ranges = Sequence[tuple[int, int]]
@@ -63,6 +78,8 @@ def compiled() -> ctypes.CDLL:
         function.restype = ctypes.c_int64
         function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t)
         setattr(library, name, function)
+    library.discard_vector.restype = ctypes.c_int64
+    library.discard_vector.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     library.touch.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     library.touch.restype = None
     library.evict.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
@@ -158,15 +175,11 @@ class Guest:
         return Work(self, Role.REPORTING, [(AT + offset, size) for offset, size in ranges], spare)
 
 
-def nothing() -> None:
-    """Go on at once."""
-
-
 class Work:
     """One request, to be served by the device or done by a loop; what it names is populated each time.
 
-    With `populate`, which is called with the page frame numbers, somebody else does that. `between` is called
-    when all is ready, right before what is timed.
+    `populate`, which is called with the page frame numbers, may have somebody else do that. What is in
+    `between` is called when all is ready, right before what is timed.
     """
 
     def __init__(self, guest: Guest, role: Role, ranges: Ranges, spare: int = 0) -> None:
@@ -174,10 +187,11 @@ class Work:
         self.role = role
         self.ranges = list(ranges)
         self.populate: Callable[[npt.NDArray[Any]], object] = self._touch
-        self.between: Callable[[], object] = nothing
+        self.between: list[Callable[[], object]] = []
         self._queue = guest.driver.queues[role]
         self._native = guest.device.queue(guest.driver.indices[role])
         self._places = np.array([(guest.ram.host_address(at), size) for at, size in ranges], dtype=np.uint64)
+        self._sorted = self._places[np.argsort(self._places[:, 0])]
         rows = np.array(self.ranges, dtype="<u8")
         self.numbers = (rows[:, 0] // np.uint64(PAGE)).astype("<u4")
         self._wanted = self.numbers if role == Role.INFLATE else rows
@@ -211,13 +225,17 @@ class Work:
         """One system call for everything, which has to be one range: the limit."""
         return self._run(Work._at_once)
 
+    def vectored(self) -> float:
+        """One vectored call for what somebody else has sorted, of private memory: the limit."""
+        return self._run(Work._vectored)
+
     def _serve(self) -> float:
         self._payload[:] = self._wanted
         buffers = [(address, size, True) for address, size in self.ranges]
         if self.role == Role.INFLATE:
             buffers = [(self._at, self._payload.nbytes, False)]
         head = self._queue.post(buffers)
-        self.between()
+        self._call_between()
         begin = time.perf_counter()
         self._native.serve()
         took = time.perf_counter() - begin
@@ -226,21 +244,26 @@ class Work:
 
     def _loop(self) -> float:
         self._payload[:] = self._wanted
-        self.between()
+        self._call_between()
         function = self.guest.c.discard_pages if self.role == Role.INFLATE else self.guest.c.discard_ranges
         return self._in_c(function, self._payload)
 
     def _at_once(self) -> float:
         whole = np.array([(min(self.ranges)[0], sum(size for _, size in self.ranges))], dtype="<u8")
-        self.between()
+        self._call_between()
         return self._in_c(self.guest.c.discard_ranges, whole)
+
+    def _vectored(self) -> float:
+        self._call_between()
+        return seconds(self.guest.c.discard_vector(self._sorted.ctypes.data, len(self._sorted)))
 
     def _in_c(self, function: Any, request: npt.NDArray[Any]) -> float:
         table = self.guest.table
-        took = function(request.ctypes.data, len(request), table.ctypes.data, len(table))
-        if took < 0:
-            raise OSError(-took, os.strerror(-took))
-        return float(took) / 1e9
+        return seconds(function(request.ctypes.data, len(request), table.ctypes.data, len(table)))
+
+    def _call_between(self) -> None:
+        for call in self.between:
+            call()
 
     def counted(self) -> dict[str, Any]:
         """What one drain of it asks the kernel for; all of it is taken."""
@@ -257,22 +280,35 @@ class Work:
         }
 
 
+def seconds(took: int) -> float:
+    """What a loop returned: nanoseconds, or below 0 an errno."""
+    if took < 0:
+        raise OSError(-took, os.strerror(-took))
+    return took / 1e9
+
+
 @functools.cache
 def walked() -> npt.NDArray[np.uint8]:
     """A buffer that is larger than the caches."""
     return np.ones(CACHES, np.uint8)
 
 
-def cold(work: Work, contenders: Mapping[str, Contender], rounds: int = 9) -> dict[str, Any]:
-    """Medians of what each takes for one page or range when the caches were walked before, in turn."""
-    buffer = walked()
+def in_turn(contenders: Mapping[str, Contender], units: int, rounds: int = 9) -> dict[str, float]:
+    """Medians of what each takes for one unit."""
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    work.between = functools.partial(work.guest.c.evict, buffer.ctypes.data, buffer.size)
     for _ in range(rounds):
         for name, contender in contenders.items():
             taken[name].append(contender())
-    work.between = nothing
-    return {name: median(times) / len(work.ranges) for name, times in taken.items()}
+    return {name: median(times) / units for name, times in taken.items()}
+
+
+def cold(work: Work, contenders: Mapping[str, Contender], units: int) -> dict[str, float]:
+    """The same when the caches were walked before."""
+    buffer = walked()
+    work.between.insert(0, functools.partial(work.guest.c.evict, buffer.ctypes.data, buffer.size))
+    found = in_turn(contenders, units)
+    del work.between[0]
+    return found
 
 
 def need_vectored() -> None:
@@ -288,19 +324,26 @@ def measure(
     others: Mapping[str, Contender],
     targets: Mapping[str, Target] | None = None,
     *,
+    ours: Contender | None = None,
+    whole: bool = False,
     rounds: int = 101,
     facts: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Row:
-    """Time a drain of `work` against others, hot, with the cold figure and the system calls as facts."""
-    found = work.counted() | {"cold": cold(work, {"ours": work.ours, **others})} | dict(facts or {})
+    """Time a drain of `work` against others, hot, with the cold figure and the system calls as facts.
+
+    Times are of one page or range, or of the `whole` drain.
+    """
+    ours = ours or work.ours
+    units = 1 if whole else len(work.ranges)
+    found = work.counted() | {"cold": cold(work, {"ours": ours, **others}, units)} | dict(facts or {})
     return compare(
         benchmark,
         name,
-        work.ours,
+        ours,
         others,
-        units=len(work.ranges),
-        unit="page" if work.role == Role.INFLATE else "range",
+        units=units,
+        unit="drain" if whole else "page" if work.role == Role.INFLATE else "range",
         targets=targets,
         rounds=rounds,
         facts=found,
