@@ -28,7 +28,7 @@ from balloon._memory cimport (
     METHOD_DONTNEED, METHOD_NONE, METHOD_PUNCH, METHOD_REMOVE, GuestMap, check_process, map_find,
     process_generation, region_t,
 )
-from balloon._spec cimport RECLAIM_RETRIES, SLICE_BYTES, SLICE_RANGES, SLICE_WORK
+from balloon._spec cimport RECLAIM_RETRIES, SLICE_RANGES
 
 from balloon.errors import StateError
 
@@ -37,37 +37,6 @@ cdef extern from "_atomics.h" nogil:
     void flag_store(int *p, int v)
     void flag_add(int *p, int v)
     void full_fence()
-
-
-cdef bint reclaim_full(const reclaim_t *r) noexcept nogil:
-    """True when the slice is complete and has to be flushed before more is added."""
-    return r.count >= SLICE_RANGES or r.bytes >= <uint64_t>SLICE_BYTES or r.work >= SLICE_WORK
-
-
-cdef void reclaim_add(reclaim_t *r, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
-    """Add a range of one region; it is merged with the last one where they touch or overlap."""
-    cdef range_t *last
-    if r.count:
-        last = &r.ranges[r.count - 1]
-        if last.region == region and start <= last.end and end >= last.start:
-            if end > last.end:
-                r.bytes += end - last.end
-                last.end = end
-            if start < last.start:
-                r.bytes += last.start - start
-                last.start = start
-                # It grew downwards, maybe past the one before it.
-                if r.count > 1 and start <= r.ranges[r.count - 2].end:
-                    r.sorted = False
-            return
-        if start < last.end:
-            r.sorted = False
-    last = &r.ranges[r.count]
-    last.start = start
-    last.end = end
-    last.region = region
-    r.bytes += end - start
-    r.count += 1
 
 
 cdef void sort_ranges(reclaim_t *r) noexcept nogil:

@@ -27,35 +27,6 @@ from balloon._spec cimport (
 from balloon import spec
 from balloon.errors import ConfigError, RingError, StateError
 
-cdef extern from "_atomics.h" nogil:
-    uint16_t load_once_u16(const void *p)
-    uint32_t load_once_u32(const void *p)
-    uint64_t load_once_u64(const void *p)
-    void store_once_u16(void *p, uint16_t v)
-    void store_once_u32(void *p, uint32_t v)
-    uint16_t load_acquire_u16(const void *p)
-    void store_release_u16(void *p, uint16_t v)
-    void full_fence()
-    uint16_t swap_u16(uint16_t v)
-    uint32_t swap_u32(uint32_t v)
-    uint64_t swap_u64(uint64_t v)
-
-
-# Rings are little-endian, those of legacy guests in the guest's own byte order: `swapped` where that is big.
-
-
-cdef inline uint16_t in_order_u16(const split_t *ring, uint16_t v) noexcept nogil:
-    return swap_u16(v) if ring.swapped else v
-
-
-cdef inline uint32_t in_order_u32(const split_t *ring, uint32_t v) noexcept nogil:
-    return swap_u32(v) if ring.swapped else v
-
-
-cdef inline uint64_t in_order_u64(const split_t *ring, uint64_t v) noexcept nogil:
-    return swap_u64(v) if ring.swapped else v
-
-
 cdef inline uint16_t available_index(const split_t *ring) noexcept nogil:
     return in_order_u16(ring, load_acquire_u16(ring.available + 2))
 
@@ -74,15 +45,25 @@ cdef int split_place(split_t *ring, const map_t *map, uint64_t descriptors, uint
     return 0
 
 
+cdef inline uint64_t swap_rest(uint64_t v) noexcept nogil:
+    """The second half of a descriptor: 32 bits, and 16 twice."""
+    return swap_u32(<uint32_t>v) | <uint64_t>swap_u16(<uint16_t>(v >> 32)) << 32 \
+        | <uint64_t>swap_u16(<uint16_t>(v >> 48)) << 48
+
+
 cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
     """1: a chain was popped into `ring.chain`; 0: the ring is empty; below 0: minus the fault."""
     cdef uint16_t pending = <uint16_t>(available_index(ring) - ring.next_available)
-    cdef uint32_t position, length, limit, count
-    cdef uint16_t flags, following, head
-    cdef uint64_t address
-    cdef char *table = ring.descriptors
+    cdef uint32_t size = ring.size
+    cdef uint32_t limit = size
+    cdef uint32_t count = 0
+    cdef uint32_t position, following, length
+    cdef uint64_t address, rest
+    cdef desc_t *copy = ring.chain
+    cdef const char *table = ring.descriptors
     cdef const char *entry
     cdef bint nested = False
+    cdef bint swapped = ring.swapped
     if ring.fresh:
         # The ring may have been served before, and left in the middle of work: go on where its used index
         # stands, and take back a wish for silence. Not when the ring is made: this may meet SIGBUS.
@@ -91,28 +72,27 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
         store_once_u16(ring.used, 0)
     if pending == 0:
         return 0
-    if pending > ring.size:
+    if pending > size:
         return -FAULT_AVAILABLE_AHEAD
-    head = in_order_u16(ring, load_once_u16(
+    position = in_order_u16(ring, load_once_u16(
         ring.available + 4 + 2 * <size_t>(ring.next_available & ring.mask)))
-    if head >= ring.size:
+    if position >= size:
         return -FAULT_HEAD_RANGE
-    ring.head = head  # also of a chain that is not popped, for whoever tells of it
-    position = head
-    limit = ring.size
-    count = 0
+    ring.head = <uint16_t>position  # also of a chain that is not popped, for whoever tells of it
+    entry = table + DESC_BYTES * <size_t>position
     while True:
-        entry = table + DESC_BYTES * <size_t>position
-        address = in_order_u64(ring, load_once_u64(entry))
-        length = in_order_u32(ring, load_once_u32(entry + 8))
-        flags = in_order_u16(ring, load_once_u16(entry + 12))
-        following = in_order_u16(ring, load_once_u16(entry + 14))
-        if flags & DESC_F_INDIRECT:
+        address = load_once_u64(entry)
+        rest = load_once_u64(entry + 8)  # length, flags, the next descriptor, from the lowest bit up
+        if swapped:
+            address = swap_u64(address)
+            rest = swap_rest(rest)
+        if rest & <uint64_t>DESC_F_INDIRECT << 32:
+            length = <uint32_t>rest
             if nested:
                 return -FAULT_INDIRECT_NESTED
             if not ring.indirect:
                 return -FAULT_INDIRECT_UNNEGOTIATED
-            if flags & DESC_F_NEXT:
+            if rest & <uint64_t>DESC_F_NEXT << 32:
                 return -FAULT_INDIRECT_NEXT
             if length == 0 or length % DESC_BYTES:
                 return -FAULT_INDIRECT_SIZE
@@ -122,30 +102,29 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
             limit = length / DESC_BYTES
             nested = True
             position = 0
+            entry = table
             continue
-        if count == ring.size:
+        if count == size:
             return -FAULT_LOOP
-        ring.chain[count].address = address
-        ring.chain[count].length = length
-        ring.chain[count].flags = flags
         count += 1
-        if not flags & DESC_F_NEXT:
+        copy.address = address
+        copy.length = <uint32_t>rest
+        copy.flags = <uint16_t>(rest >> 32)
+        copy.following = <uint16_t>(rest >> 48)
+        copy += 1
+        if not rest & <uint64_t>DESC_F_NEXT << 32:
             break
+        following = <uint32_t>(rest >> 48)
         if following >= limit:
             return -FAULT_NEXT_RANGE
-        position = following
+        position += 1
+        entry += DESC_BYTES
+        if following != position:  # a branch: where chains lie in order, nothing waits for `following`
+            position = following
+            entry = table + DESC_BYTES * <size_t>position
     ring.chain_length = count
     ring.next_available += 1
     return 1
-
-
-cdef void split_push(split_t *ring, uint16_t head) noexcept nogil:
-    """Write the used entry of `head`, shown at the next publish. Nothing was written into it: length 0."""
-    cdef char *entry = ring.used + 4 + 8 * <size_t>(ring.next_used & ring.mask)
-    store_once_u32(entry, in_order_u32(ring, head))
-    store_once_u32(entry + 4, 0)
-    ring.next_used += 1
-    ring.touched = True
 
 
 cdef bint split_publish(split_t *ring) noexcept nogil:
