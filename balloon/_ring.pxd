@@ -41,6 +41,8 @@ ctypedef struct split_t:
     bint touched             # something was written to the used ring that is not published yet
 
 cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil
+cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t address,
+                   uint64_t rest) noexcept nogil
 cdef bint split_publish(split_t *ring) noexcept nogil
 cdef void split_silence(split_t *ring) noexcept nogil
 cdef bint split_listen(split_t *ring) noexcept nogil

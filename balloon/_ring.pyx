@@ -45,84 +45,116 @@ cdef int split_place(split_t *ring, const map_t *map, uint64_t descriptors, uint
     return 0
 
 
+# A descriptor is read as two numbers: its address, and the rest: length, flags and the next one, from the
+# lowest bit up.
+
+cdef enum:
+    FLAG_NEXT = <uint64_t>DESC_F_NEXT << 32
+    FLAG_INDIRECT = <uint64_t>DESC_F_INDIRECT << 32
+
+
 cdef inline uint64_t swap_rest(uint64_t v) noexcept nogil:
-    """The second half of a descriptor: 32 bits, and 16 twice."""
     return swap_u32(<uint32_t>v) | <uint64_t>swap_u16(<uint16_t>(v >> 32)) << 32 \
         | <uint64_t>swap_u16(<uint16_t>(v >> 48)) << 48
 
 
-cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
-    """1: a chain was popped into `ring.chain`; 0: the ring is empty; below 0: minus the fault."""
-    cdef uint16_t pending = <uint16_t>(available_index(ring) - ring.next_available)
-    cdef uint32_t size = ring.size
-    cdef uint32_t limit = size
-    cdef uint32_t count = 0
-    cdef uint32_t position, following, length
-    cdef uint64_t address, rest
+cdef inline void copy_descriptor(desc_t *copy, uint64_t address, uint64_t rest) noexcept nogil:
+    copy.address = address
+    copy.length = <uint32_t>rest
+    copy.flags = <uint16_t>(rest >> 32)
+    copy.following = <uint16_t>(rest >> 48)
+
+
+cdef void begin_ring(split_t *ring) noexcept nogil:
+    """The ring may have been served before, and left in the middle of work.
+
+    Go on where its used index stands, and take back a wish for silence. Not when the ring is made: this may
+    meet SIGBUS.
+    """
+    ring.fresh = False
+    ring.next_used = in_order_u16(ring, load_acquire_u16(ring.used + 2))
+    store_once_u16(ring.used, 0)
+
+
+cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t address,
+                   uint64_t rest) noexcept nogil:
+    """Pop the chain whose first descriptor was read; as `split_pop`."""
+    cdef uint32_t limit = ring.size
+    cdef uint32_t following, length
     cdef desc_t *copy = ring.chain
+    cdef const desc_t *end = copy + ring.size
     cdef const char *table = ring.descriptors
-    cdef const char *entry
+    cdef const char *entry = table + DESC_BYTES * <size_t>position
     cdef bint nested = False
-    cdef bint swapped = ring.swapped
-    if ring.fresh:
-        # The ring may have been served before, and left in the middle of work: go on where its used index
-        # stands, and take back a wish for silence. Not when the ring is made: this may meet SIGBUS.
-        ring.fresh = False
-        ring.next_used = in_order_u16(ring, load_acquire_u16(ring.used + 2))
-        store_once_u16(ring.used, 0)
-    if pending == 0:
-        return 0
-    if pending > size:
-        return -FAULT_AVAILABLE_AHEAD
-    position = in_order_u16(ring, load_once_u16(
-        ring.available + 4 + 2 * <size_t>(ring.next_available & ring.mask)))
-    if position >= size:
-        return -FAULT_HEAD_RANGE
-    ring.head = <uint16_t>position  # also of a chain that is not popped, for whoever tells of it
-    entry = table + DESC_BYTES * <size_t>position
     while True:
-        address = load_once_u64(entry)
-        rest = load_once_u64(entry + 8)  # length, flags, the next descriptor, from the lowest bit up
-        if swapped:
-            address = swap_u64(address)
-            rest = swap_rest(rest)
-        if rest & <uint64_t>DESC_F_INDIRECT << 32:
+        if rest & FLAG_INDIRECT:
             length = <uint32_t>rest
             if nested:
                 return -FAULT_INDIRECT_NESTED
             if not ring.indirect:
                 return -FAULT_INDIRECT_UNNEGOTIATED
-            if rest & <uint64_t>DESC_F_NEXT << 32:
+            if rest & FLAG_NEXT:
                 return -FAULT_INDIRECT_NEXT
             if length == 0 or length % DESC_BYTES:
                 return -FAULT_INDIRECT_SIZE
-            table = map_host(map, address, length)
+            entry = table = map_host(map, address, length)
             if table == NULL:
                 return -FAULT_INDIRECT_ADDRESS
             limit = length / DESC_BYTES
             nested = True
             position = 0
-            entry = table
-            continue
-        if count == size:
-            return -FAULT_LOOP
-        count += 1
-        copy.address = address
-        copy.length = <uint32_t>rest
-        copy.flags = <uint16_t>(rest >> 32)
-        copy.following = <uint16_t>(rest >> 48)
-        copy += 1
-        if not rest & <uint64_t>DESC_F_NEXT << 32:
-            break
-        following = <uint32_t>(rest >> 48)
-        if following >= limit:
-            return -FAULT_NEXT_RANGE
-        position += 1
-        entry += DESC_BYTES
-        if following != position:  # a branch: where chains lie in order, nothing waits for `following`
-            position = following
-            entry = table + DESC_BYTES * <size_t>position
-    ring.chain_length = count
+        else:
+            if copy == end:
+                return -FAULT_LOOP
+            copy_descriptor(copy, address, rest)
+            copy += 1
+            if not rest & FLAG_NEXT:
+                break
+            following = <uint32_t>(rest >> 48)
+            if following >= limit:
+                return -FAULT_NEXT_RANGE
+            position += 1
+            entry += DESC_BYTES
+            if following != position:  # a branch: where chains lie in order, nothing waits for `following`
+                position = following
+                entry = table + DESC_BYTES * <size_t>position
+        address = load_once_u64(entry)
+        rest = load_once_u64(entry + 8)
+        if ring.swapped:
+            address = swap_u64(address)
+            rest = swap_rest(rest)
+    ring.chain_length = <uint32_t>(copy - ring.chain)
+    ring.next_available += 1
+    return 1
+
+
+cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
+    """1: a chain was popped into `ring.chain`; 0: the ring is empty; below 0: minus the fault."""
+    cdef uint16_t pending = <uint16_t>(available_index(ring) - ring.next_available)
+    cdef uint16_t head
+    cdef uint64_t address, rest
+    cdef const char *entry
+    if ring.fresh:
+        begin_ring(ring)
+    if pending == 0:
+        return 0
+    if pending > ring.size:
+        return -FAULT_AVAILABLE_AHEAD
+    head = in_order_u16(ring, load_once_u16(
+        ring.available + 4 + 2 * <size_t>(ring.next_available & ring.mask)))
+    if head >= ring.size:
+        return -FAULT_HEAD_RANGE
+    ring.head = head  # also of a chain that is not popped, for whoever tells of it
+    entry = ring.descriptors + DESC_BYTES * <size_t>head
+    address = load_once_u64(entry)
+    rest = load_once_u64(entry + 8)
+    if ring.swapped:
+        address = swap_u64(address)
+        rest = swap_rest(rest)
+    if rest & (FLAG_NEXT | FLAG_INDIRECT):
+        return pop_chain(ring, map, head, address, rest)
+    copy_descriptor(ring.chain, address, rest)
+    ring.chain_length = 1
     ring.next_available += 1
     return 1
 
