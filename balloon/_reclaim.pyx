@@ -40,13 +40,12 @@ cdef extern from "_atomics.h" nogil:
 
 
 cdef void sort_ranges(reclaim_t *r) noexcept nogil:
-    """Sort by start: insertion for a few, else byte by byte from the lowest (radix), without equal bytes."""
+    """Sort by start: insertion for a few, else eight bits at a time from the lowest that differ (radix)."""
     cdef uint32_t count = r.count
     cdef uint32_t number, position, total, step
     cdef uint32_t bucket[256]
-    cdef uint64_t every_one = <uint64_t>-1
-    cdef uint64_t any_one = 0
-    cdef int shift
+    cdef uint64_t differing = 0
+    cdef int shift = 0
     cdef range_t moving
     cdef range_t *source = r.ranges
     cdef range_t *target = r.scratch
@@ -59,11 +58,11 @@ cdef void sort_ranges(reclaim_t *r) noexcept nogil:
                 position -= 1
             source[position] = moving
         return
-    for number in range(count):
-        every_one &= source[number].start
-        any_one |= source[number].start
-    for shift in range(0, 64, 8):
-        if ((every_one ^ any_one) >> shift) & 0xff == 0:
+    for number in range(1, count):
+        differing |= source[number].start ^ source[0].start
+    while shift < 64 and differing >> shift:
+        if not differing >> shift & 1:  # pages: the lowest bits are all the same
+            shift += 1
             continue
         memset(bucket, 0, sizeof(bucket))
         for number in range(count):
@@ -74,10 +73,11 @@ cdef void sort_ranges(reclaim_t *r) noexcept nogil:
             bucket[number] = total
             total += step
         for number in range(count):
-            position = bucket[<uint8_t>(source[number].start >> shift)]
-            bucket[<uint8_t>(source[number].start >> shift)] += 1
-            target[position] = source[number]
+            step = <uint8_t>(source[number].start >> shift)
+            target[bucket[step]] = source[number]
+            bucket[step] += 1
         source, target = target, source
+        shift += 8
     if source != r.ranges:
         memcpy(r.ranges, source, count * sizeof(range_t))
 
