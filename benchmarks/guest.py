@@ -282,7 +282,10 @@ def make_row(phase: Phase, guest: str, peers: Mapping[str, Sequence[Phase]]) -> 
         "host_mib_before": phase.held_before / MIB,
         "host_mib_after": phase.held_after / MIB,
         "peers": {
-            peer: one.calls for peer, phases in peers.items() for one in phases if one.name == phase.name
+            peer: dict(one.calls or {})
+            for peer, phases in peers.items()
+            for one in phases
+            if one.name == phase.name
         },
     }
     if phase.name == FRESH:

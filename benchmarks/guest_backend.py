@@ -54,7 +54,11 @@ class BackEnd:
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
-        self._read(30)
+        try:
+            self._read(30)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -122,17 +126,17 @@ async def serve(path: Path, reporting: bool) -> None:
         make_device=lambda memory: Balloon(memory, reporting=reporting),
         on_event=lambda event: tell(listening=True) if event["event"] == "listening" else None,
     )
-    running = asyncio.ensure_future(server.run())
     orders = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(orders), sys.stdin)
-    while line := await orders.readline():
-        try:
-            await obey(server, json.loads(line))
-        except BalloonError as error:
-            tell(error=str(error))
-    server.stop()
-    await running
+    async with asyncio.TaskGroup() as group:  # a server that fails ends the waiting for orders
+        group.create_task(server.run())
+        while line := await orders.readline():
+            try:
+                await obey(server, json.loads(line))
+            except BalloonError as error:
+                tell(error=str(error))
+        server.stop()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ guest is Debian's cloud kernel with busybox, driven like the User-mode Linux of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import re
@@ -40,6 +41,7 @@ META_PACKAGE = "linux-image-cloud-amd64"
 MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
 """In the order in which they need each other; a kernel that lacks one has it built in."""
 LOOK_SECONDS = 0.05
+SYSTEM_ROOT = Path("/")
 
 
 class QemuUnavailable(BalloonError):
@@ -72,7 +74,7 @@ def find_qemu(busybox: Path, cache: Path) -> QemuFiles:
     version = re.search(r"version (\d+(?:\.\d+)+)", said.stdout)
     if version is None:
         raise QemuUnavailable(f"{qemu} does not tell its version: {(said.stdout + said.stderr).strip()}")
-    for root in (Path("/"), cache):
+    for root in (SYSTEM_ROOT, cache):
         for kernel in sorted((root / "boot").glob("vmlinuz-*-cloud-amd64"), reverse=True):
             release = kernel.name.removeprefix("vmlinuz-")
             folder = root / "lib/modules" / release / "kernel/drivers/virtio"
@@ -213,8 +215,8 @@ class Qmp:
     def _read(self) -> dict[str, Any]:
         try:
             line = self._lines.readline()
-        except TimeoutError as error:
-            raise BalloonError("QEMU's monitor does not answer") from error
+        except OSError as error:
+            raise BalloonError(f"QEMU's monitor does not answer: {error}") from error
         if not line:
             raise BalloonError("QEMU's monitor hung up")
         return dict(json.loads(line))
@@ -222,7 +224,8 @@ class Qmp:
     def execute(self, command: str, **arguments: Any) -> Any:
         """Execute a command and return what it returned."""
         order = {"execute": command, "arguments": arguments}
-        self._socket.sendall(json.dumps(order).encode() + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # the answer that does not come says so
+            self._socket.sendall(json.dumps(order).encode() + b"\n")
         while "return" not in (answer := self._read()):
             if "error" in answer:
                 raise BalloonError(f"QEMU's monitor: {command}: {answer['error'].get('desc')}")
