@@ -215,8 +215,10 @@ class Qmp:
     def _read(self) -> dict[str, Any]:
         try:
             line = self._lines.readline()
-        except OSError as error:
-            raise BalloonError(f"QEMU's monitor does not answer: {error}") from error
+        except TimeoutError as error:
+            raise BalloonError("QEMU's monitor does not answer") from error
+        except ConnectionError:
+            line = b""
         if not line:
             raise BalloonError("QEMU's monitor hung up")
         return dict(json.loads(line))
