@@ -288,6 +288,8 @@ def test_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     assert guest.settle(falling) == pytest.approx(8.0, abs=0.1)
     assert now == pytest.approx(8.0 + guest.QUIET_SECONDS, abs=0.2)
     now = 0.0
+    assert guest.settle(lambda: 300 * MIB if now > 2 else 0) == pytest.approx(2.0, abs=0.1)  # 0 is no end
+    now = 0.0
     assert guest.settle(falling, enough=300 * MIB) == pytest.approx(4.0, abs=0.1)
     assert now == pytest.approx(4.0, abs=0.1)
     now = 0.0
