@@ -244,15 +244,13 @@ class Session(Guest):
 
     def _watch(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
         """Go on sending when the socket can be written, for as long as something is unsent."""
-        loop = asyncio.get_running_loop()
         if box.unsent:
-            loop.add_writer(sock, self._flush, sock, box)
-        else:
-            loop.remove_writer(sock)
+            asyncio.get_running_loop().add_writer(sock, self._flush, sock, box)
 
     def _flush(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
         box.flush()
-        self._watch(sock, box)
+        if not box.unsent:  # only here: to remove a writer that is not there costs as much as a send
+            asyncio.get_running_loop().remove_writer(sock)
 
     # Rings and their fds.
 

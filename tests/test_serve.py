@@ -513,8 +513,13 @@ def test_answers_that_are_read_late_all_come(running: Running, path: Path) -> No
         while count < 3000:
             front_end.send(Request.GET_QUEUE_NUM)
             count += 1
+        wait_until(lambda: any(session._outbox.unsent for session in running.server.sessions))
+        (session,) = running.server.sessions
         for _ in range(count):
             assert front_end.read_reply(Request.GET_QUEUE_NUM) == struct.pack("=Q", 5)
+        # And the loop does not go on asking whether the socket can be written, which it now always can.
+        running.call(lambda: None)
+        assert not running.call(lambda: running.loop.remove_writer(session._socket))
 
 
 def test_memory_that_cannot_be_mapped(running: Running, path: Path, caplog: Any) -> None:

@@ -18,7 +18,17 @@ from pathlib import Path
 
 from balloon.errors import BalloonError
 
-__all__ = ["UmlFiles", "UmlUnavailable", "choose_memory_folder", "fetch_uml", "find_uml"]
+__all__ = [
+    "ToolError",
+    "UmlFiles",
+    "UmlUnavailable",
+    "choose_memory_folder",
+    "default_cache",
+    "download",
+    "fetch_uml",
+    "find_uml",
+    "run_tool",
+]
 
 PACKAGES = ("user-mode-linux", "busybox-static")
 
@@ -51,7 +61,7 @@ def find_uml(cache: Path | None = None) -> UmlFiles:
 
     :raise UmlUnavailable: one of the three is missing, or the kernel does not run here.
     """
-    cache = cache or _default_cache()
+    cache = cache or default_cache()
     busybox = _find_busybox(_SYSTEM_ROOT) or _find_busybox(cache)
     reasons = [] if busybox else ["no static busybox"]
     for root in (_SYSTEM_ROOT, cache):
@@ -60,8 +70,8 @@ def find_uml(cache: Path | None = None) -> UmlFiles:
             reasons.append(f"no {kernel}")
             continue
         try:
-            version = _output([str(kernel), "--version"], timeout=30).strip()
-        except _ToolError as error:
+            version = run_tool([str(kernel), "--version"], timeout=30).strip()
+        except ToolError as error:
             reasons.append(f"{kernel} does not run: {error}")
             continue
         module = root / _MODULE.format(version=version)
@@ -81,16 +91,16 @@ def fetch_uml(cache: Path | None = None) -> UmlFiles:
 
     :raise UmlUnavailable: not a Debian host, no network, no space, or what was fetched does not run here.
     """
-    cache = cache or _default_cache()
+    cache = cache or default_cache()
     if missing := [tool for tool in ("apt-get", "dpkg-deb") if not shutil.which(tool)]:
         raise UmlUnavailable(f"cannot fetch User-mode Linux: no {missing[0]} here; the packages are Debian's")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as name:
             folder = Path(name)
-            _download(folder)
+            download(PACKAGES, folder)
             for package in folder.glob("*.deb"):
-                _output(["dpkg-deb", "-x", str(package), str(folder / "root")], timeout=600)
+                run_tool(["dpkg-deb", "-x", str(package), str(folder / "root")], timeout=600)
             wanted = [*(folder / "root").glob(_MODULE.format(version="*") + "*"), folder / "root" / _KERNEL]
             if busybox := _find_busybox(folder / "root"):
                 wanted.insert(0, busybox)
@@ -98,42 +108,50 @@ def fetch_uml(cache: Path | None = None) -> UmlFiles:
                 target = cache / path.relative_to(folder / "root")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.replace(target)
-    except (OSError, _ToolError) as error:
+    except (OSError, ToolError) as error:
         raise UmlUnavailable(f"cannot fetch User-mode Linux to {cache}: {error}") from error
     return find_uml(cache)
 
 
-def _download(folder: Path) -> None:
-    """Fetch the packages to `folder`: by the host's package lists, else by lists of our own."""
+def download(packages: Sequence[str], folder: Path) -> None:
+    """Fetch Debian packages to `folder`: by the host's package lists, else by lists of our own.
+
+    :raise ToolError: they cannot be had.
+    """
     try:
-        _output(["apt-get", "download", *PACKAGES], timeout=600, cwd=folder)
-    except _ToolError:  # containers are often shipped without lists, and only root may fetch those
+        run_tool(["apt-get", "download", *packages], timeout=600, cwd=folder)
+    except ToolError:  # containers are often shipped without lists, and only root may fetch those
         for path in ("state/lists/partial", "cache/archives/partial"):
-            (folder / path).mkdir(parents=True)
+            (folder / path).mkdir(parents=True, exist_ok=True)
         private = ["-o", f"Dir::State={folder}/state", "-o", f"Dir::Cache={folder}/cache"]
         private += ["-o", "Dir::State::status=/var/lib/dpkg/status"]
-        _output(["apt-get", *private, "update"], timeout=600, cwd=folder)
-        _output(["apt-get", *private, "download", *PACKAGES], timeout=600, cwd=folder)
+        run_tool(["apt-get", *private, "update"], timeout=600, cwd=folder)
+        run_tool(["apt-get", *private, "download", *packages], timeout=600, cwd=folder)
 
 
-class _ToolError(Exception):
+class ToolError(Exception):
     """A program of the host failed: its last words."""
 
 
-def _output(command: Sequence[str], *, timeout: float, cwd: Path | None = None) -> str:
+def run_tool(command: Sequence[str], *, timeout: float, cwd: Path | None = None) -> str:
+    """Run a program of the host and return what it printed.
+
+    :raise ToolError: it failed, or is not there.
+    """
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, cwd=cwd
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise _ToolError(str(error)) from error
+        raise ToolError(str(error)) from error
     if done.returncode:
         words = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
-        raise _ToolError(f"{Path(command[0]).name}: {words[-1].strip()}")
+        raise ToolError(f"{Path(command[0]).name}: {words[-1].strip()}")
     return done.stdout
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """Where guests are unpacked: $BALLOON_GUEST_CACHE, else a folder of ours in the user's cache folder."""
     if folder := os.environ.get("BALLOON_GUEST_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virtio-balloon" / "guest"
