@@ -80,8 +80,8 @@ cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t 
                    uint64_t rest) noexcept nogil:
     """Pop the chain whose first descriptor was read; as `split_pop`.
 
-    It is in the .pxd only so that the compiler does not put it into `split_pop`, which then would have to save
-    registers for every chain of one.
+    It is in the .pxd only so that the compiler does not put it into `split_pop`, which then would have to
+    save registers for every chain of one.
     """
     cdef uint32_t limit = ring.size
     cdef uint32_t following, length

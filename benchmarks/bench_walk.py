@@ -368,8 +368,9 @@ def repeated(serve: Callable[[int], object], rounds: int) -> Callable[[], float]
 
 
 ONE: Final = (
-    "Pop, translate and push are three functions that keep their state in memory, since a slice may end after "
-    "any of them; with one descriptor in a chain nothing is spread over it (179 instructions against about 110)."
+    "Pop, translate and push are three functions that keep their state in memory, since a slice may end "
+    "after any of them; a chain of one descriptor has nothing to spread that over: 179 instructions on "
+    "x86-64 against about 110."
 )
 CASES = [
     pytest.param(length, regions, indirect, id=f"{length}-{regions}-{'indirect' if indirect else 'direct'}")
