@@ -100,8 +100,8 @@ cdef void leave_descriptor(queue_t *q) noexcept nogil:
     q.entered = False
 
 
-# The usual report has descriptors that are each one range, and join no other. These two do with them what
-# `fill_rest` does with any, with little in memory and no branch on an address, which no processor can predict.
+# The usual report has descriptors that are each one range and join no other. `place` does with them what
+# `fill_rest` does with any, without a branch on an address: they come in an order that no processor predicts.
 
 
 cdef inline uint64_t place(region_t *regions, size_t region_count, const desc_t *d, uint64_t last,
@@ -128,8 +128,8 @@ cdef inline uint64_t place(region_t *regions, size_t region_count, const desc_t 
     return length
 
 
-cdef inline void fill_plain(queue_t *q, reclaim_t *r) noexcept nogil:
-    """The usual descriptors with which a report begins; the slice has room for all that it has."""
+cdef bint fill_many(queue_t *q, reclaim_t *r) noexcept nogil:
+    """The ranges of a report for which the slice has room, with what changes in registers."""
     cdef const desc_t *d = q.ring.chain + q.position
     cdef const desc_t *end = q.ring.chain + q.ring.chain_length
     cdef region_t *regions = q.map.regions
@@ -164,10 +164,6 @@ cdef inline void fill_plain(queue_t *q, reclaim_t *r) noexcept nogil:
     r.work += 2 * done
     if <int64_t>steps < 0:  # one of them was a step down
         r.sorted = False
-
-
-cdef bint fill_many(queue_t *q, reclaim_t *r) noexcept nogil:
-    fill_plain(q, r)
     return True if q.position == q.ring.chain_length else fill_rest(q, r)
 
 
@@ -176,19 +172,21 @@ cdef bint fill_report(queue_t *q, reclaim_t *r) noexcept nogil:
     cdef uint32_t count = q.ring.chain_length - q.position
     cdef uint64_t length
     cdef range_t *added
+    cdef range_t *before
     if q.entered or flag_load(&q.device.keep) or r.bytes >= <uint64_t>SLICE_BYTES \
             or r.count + count > SLICE_RANGES or r.work + 2 * count > SLICE_WORK:
         return fill_rest(q, r)
     if count != 1:
         return fill_many(q, r)
-    if r.count == 0:
+    if r.count == 0:  # a call of its own: were there only one, the compiler would put all of it here
         return fill_many(q, r)
     added = r.ranges + r.count
-    length = place(q.map.regions, q.map.count, q.ring.chain + q.position, (added - 1).start,
-                   (added - 1).end - (added - 1).start, <uint64_t>SLICE_BYTES - r.bytes, added)
+    before = added - 1
+    length = place(q.map.regions, q.map.count, q.ring.chain + q.position, before.start,
+                   before.end - before.start, <uint64_t>SLICE_BYTES - r.bytes, added)
     if length == 0:
         return fill_rest(q, r)
-    r.sorted &= <int>(added.start > (added - 1).start)
+    r.sorted &= <int>(added.start > before.start)
     q.position += 1
     q.counters.descriptors += 1
     q.counters.reported_bytes += length

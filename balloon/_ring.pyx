@@ -78,7 +78,11 @@ cdef void begin_ring(split_t *ring) noexcept nogil:
 
 cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t address,
                    uint64_t rest) noexcept nogil:
-    """Pop the chain whose first descriptor was read; as `split_pop`."""
+    """Pop the chain whose first descriptor was read; as `split_pop`.
+
+    It is in the .pxd only so that the compiler does not put it into `split_pop`, which then would have to
+    save registers for every chain of one.
+    """
     cdef uint32_t limit = ring.size
     cdef uint32_t following, length
     cdef desc_t *copy = ring.chain
@@ -287,7 +291,6 @@ cdef class SplitRing:
         :raise RingError: the ring is corrupt; nothing was popped.
         """
         cdef int got
-        cdef uint32_t number
         self.check()
         got = split_pop(&self.ring, &self.memory.map)
         if got == 0:

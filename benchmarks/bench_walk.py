@@ -367,6 +367,11 @@ def repeated(serve: Callable[[int], object], rounds: int) -> Callable[[], float]
     return run
 
 
+ONE: Final = (
+    "Pop, translate and push are three functions that keep their state in memory, since a slice may end "
+    "after any of them; a chain of one descriptor has nothing to spread that over: 179 instructions on "
+    "x86-64 against about 110."
+)
 CASES = [
     pytest.param(length, regions, indirect, id=f"{length}-{regions}-{'indirect' if indirect else 'direct'}")
     for length in (1, 32, 256)
@@ -387,6 +392,7 @@ def test_walk_against_c(benchmark: BenchmarkFixture, length: int, regions: int, 
         units=QUEUE,
         unit="descriptor",
         targets={"C loop": Target(within=1.35 if length == 1 else 1.2)},
+        note=ONE if length == 1 else "",
         rounds=101,
     )
 
