@@ -27,6 +27,7 @@ MODULES = [
     "balloon._ring",
     "balloon._statistics",
     "balloon._worker",
+    "balloon.testing._measure",
     "balloon.testing._shared",
 ]
 
