@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
 import gc
 import json
 import mmap
@@ -26,8 +25,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from harness import Row, Target
@@ -35,13 +35,15 @@ from native import build_c
 
 import balloon._queue
 from balloon._kernel import _set_system_calls
+from balloon._ring import SplitRing
 from balloon.device import Balloon
 from balloon.memory import GuestMemory
 from balloon.spec import Feature, Role
-from balloon.testing.driver import Driver
+from balloon.testing import _measure
+from balloon.testing.driver import Buffer, Driver
 from balloon.testing.ram import GuestRam
 
-__all__ = ["KEPT", "Missing", "grown", "key", "kept", "measure", "rows"]
+__all__ = ["KEPT", "Missing", "grown", "kept", "key", "measure", "rows"]
 
 KEPT = Path(__file__).with_suffix(".json")
 TOLERANCE = 1.05
@@ -52,7 +54,10 @@ MIB, PAGE = 1 << 20, 4096
 PFNS = 256
 QUEUE = 256
 HOST = 32 << 30
-"""Where guest RAM lies in this process, so that sorting addresses costs the same each time."""
+"""Where guest RAM lies, so that sorting addresses costs the same each time; valgrind keeps nothing there."""
+
+PLAIN_COPIES = "glibc.cpu.x86_rep_movsb_threshold=1073741824:glibc.cpu.x86_rep_stosb_threshold=1073741824"
+"""`rep movsb` counts as one instruction for each byte, and costs less: the C library is to use none."""
 
 
 class Missing(Exception):
@@ -63,7 +68,7 @@ class Missing(Exception):
 
 
 class Guest:
-    """A device and its driver, over 4 GiB that are never touched but for the rings, in `regions` parts."""
+    """A device and its driver over 4 GiB, in `regions` parts, of which only the rings are ever touched."""
 
     def __init__(self, regions: int = 1) -> None:
         size = 4 << 30
@@ -75,117 +80,159 @@ class Guest:
         if found != HOST:
             raise OSError(ctypes.get_errno(), f"no room at {HOST:#x}")
         self.memory = GuestMemory()
-        self.parts = []
-        for number in range(regions):
-            part = size // regions
-            guest = number * (part + (1 << 30))  # with gaps
+        part = size // regions
+        self.parts = [number * (part + (1 << 30)) for number in range(regions)]  # with gaps
+        for number, guest in enumerate(self.parts):
             self.memory.add_address(HOST + number * part, part, owner=None, guest_address=guest)
-            self.parts.append((guest, part))
         self.device = Balloon(self.memory)
         features = self.device.device_features & ~Feature.PAGE_POISON
         self.driver = Driver(GuestRam.of(self.memory), self.device, features=features, queue_size=QUEUE)
         self.driver.start()
         self.first = -(-self.driver.end_of_rings // (2 * MIB)) * 2 * MIB
 
-    def blocks(self, count: int) -> list[int]:
-        """Guest addresses of so many blocks of 2 MiB, every second one, from all regions in turn."""
-        each = [range(max(guest, self.first), guest + size, 4 * MIB) for guest, size in self.parts]
-        return [each[number % len(each)][number // len(each)] for number in range(count)]
+    def chain(self, position: int, length: int, size: int) -> list[Buffer]:
+        """Buffers of `size` bytes, none the neighbour of another, from all regions in turn."""
+        each = len(self.parts)
+        return [
+            (self.parts[number % each] + self.first + number // each * 4 * MIB, size, True)
+            for number in range(position * length, (position + 1) * length)
+        ]
+
+    def post_pages(self, role: Role, order: str, buffers: int) -> None:
+        """Make buffers with page frame numbers available: all different, the same each time."""
+        queue = self.driver.queues[role]
+        chance = random.Random(1)
+        first, total = self.first // PAGE, buffers * PFNS
+        if order == "scattered":
+            numbers = [first + 2 * one for one in chance.sample(range(1 << 18), total)]
+        elif order == "runs of 16":
+            starts = [first + 32 * one for one in chance.sample(range(1 << 14), total // 16)]
+            numbers = [start + one for start in starts for one in range(16)]
+        else:
+            numbers = list(range(first + total - 1, first - 1, -1))
+        for number in range(buffers):
+            at = self.first - (number + 1) * 4 * PFNS  # the rings end well before
+            part = numbers[number * PFNS : (number + 1) * PFNS]
+            self.driver.ram.array(at, "<u4", PFNS)[:] = part
+            queue.post([(at, 4 * PFNS, False)])
+
+    def ring(self, role: Role) -> SplitRing:
+        """A ring of a queue apart from the device."""
+        queue = self.driver.queues[role]
+        return SplitRing(
+            self.memory.map,
+            size=queue.size,
+            descriptor_address=queue.descriptor_address,
+            available_address=queue.available_address,
+            used_address=queue.used_address,
+            indirect=True,
+        )
 
     def serve(self, role: Role) -> None:
-        """What is counted: the queue is served until it is empty."""
+        """The product's whole way: the queue is served until it is empty."""
         _, outcome, fault, _ = self.device.queue(self.driver.indices[role]).serve()
         if outcome != "idle" or fault:
             raise RuntimeError(f"{role.name}: {outcome}, {fault!r}")
         self.driver.queues[role].take_used()
 
 
-@dataclass(frozen=True)
-class Path_:
-    """One path: `run(amount)` does what is counted; `units` of it are in an amount of 1."""
-
-    name: str
-    unit: str
-    make: Callable[[], Callable[[int], None]]
-    amounts: tuple[int, int]
-    units: int
+Run = Callable[[int], None]
 
 
-def reports(length: int, *, indirect: bool, regions: int = 1) -> Callable[[int], None]:
-    """Chains of `length` reported blocks of 2 MiB, which are not neighbours: from the ring to the kernel and
-    back to the ring."""
+def walk(length: int, indirect: bool, regions: int) -> Run:
+    """Chains that make up 256 descriptors, popped and translated."""
     guest = Guest(regions)
-    queue = guest.driver.queues[Role.REPORTING]
-    chain = [(address, 2 * MIB, True) for address in guest.blocks(length)]
+    for number in range(QUEUE // length):
+        guest.driver.queues[Role.REPORTING].post(guest.chain(number, length, PAGE), indirect=indirect)
+    ring = guest.ring(Role.REPORTING)
 
-    def run(amount: int) -> None:
-        for _ in range(amount):
-            queue.post(chain, indirect=indirect)
+    def run(rounds: int) -> None:
+        if len(_measure.walk(ring, guest.memory.map, rounds)) != QUEUE:
+            raise RuntimeError("not what was posted")
+
+    return run
+
+
+def decode(order: str) -> Run:
+    """One buffer of page frame numbers: decoded, sorted, merged."""
+    guest = Guest()
+    guest.post_pages(Role.INFLATE, order, 1)
+    ring = guest.ring(Role.INFLATE)
+    expected = {"scattered": PFNS, "runs of 16": PFNS // 16}.get(order, 1)
+
+    def run(rounds: int) -> None:
+        found = len(_measure.decode(ring, guest.memory.map, rounds))
+        if not 0.9 * expected <= found <= expected:  # two runs may be neighbours
+            raise RuntimeError(f"{found} ranges, not {expected}")
+
+    return run
+
+
+def report(length: int, indirect: bool, regions: int) -> Run:
+    """Chains of free blocks of 2 MiB, which are no neighbours, from the ring to the kernel and back."""
+    guest = Guest(regions)
+
+    def run(chains: int) -> None:
+        for number in range(chains):
+            chain = guest.chain(number, length, 2 * MIB)
+            guest.driver.queues[Role.REPORTING].post(chain, indirect=indirect)
         guest.serve(Role.REPORTING)
 
     return run
 
 
-def pages(order: str, role: Role = Role.INFLATE, regions: int = 1) -> Callable[[int], None]:
-    """Buffers of 256 page frame numbers."""
-    guest = Guest(regions)
-    queue = guest.driver.queues[role]
+def pages(role: Role, order: str) -> Run:
+    """Buffers of page frame numbers, from the ring to the kernel and back."""
+    guest = Guest()
 
-    def run(amount: int) -> None:
-        for number, numbers in enumerate(page_numbers(order, amount, guest.first // PAGE)):
-            at = guest.first - (number + 1) * 4 * PFNS
-            guest.driver.ram.array(at, "<u4", PFNS)[:] = numbers
-            queue.post([(at, 4 * PFNS, False)])
+    def run(buffers: int) -> None:
+        guest.post_pages(role, order, buffers)
         guest.serve(role)
 
     return run
 
 
-def page_numbers(order: str, buffers: int, first: int) -> Iterable[list[int]]:
-    """The numbers of so many buffers: all different, and the same each time."""
-    chance = random.Random(1)
-    total = buffers * PFNS
-    if order == "scattered":
-        numbers = [first + 2 * one for one in chance.sample(range(1 << 18), total)]
-    elif order == "runs of 16":
-        starts = [first + 32 * one for one in chance.sample(range(1 << 14), total // 16)]
-        numbers = [start + one for start in starts for one in range(16)]
-    else:
-        numbers = list(range(first + total - 1, first - 1, -1))
-    return [numbers[start : start + PFNS] for start in range(0, total, PFNS)]
+@dataclass(frozen=True)
+class Way:
+    """One path through the native core: `make()` returns what is run, with either amount of work."""
+
+    name: str
+    make: Callable[[], Run]
+    amounts: tuple[int, int]
+    units: int
+    """How many are in an amount of 1."""
+    unit: str = "descriptor"
 
 
-PATHS: Sequence[Path_] = (
+ORDERS = ("scattered", "runs of 16", "contiguous, descending")
+SHAPES = [
+    (length, indirect, regions) for regions in (1, 4) for indirect in (False, True) for length in (1, 32, 256)
+]
+
+
+def shape(length: int, indirect: bool, regions: int) -> str:
+    return f"chains of {length} {'in' if indirect else ''}direct, {regions} region{'s' * (regions > 1)}"
+
+
+WAYS = [
+    *(Way(f"walk, {shape(*one)}", partial(walk, *one), (4, 12), QUEUE) for one in SHAPES),
+    *(Way(f"decode, {order}", partial(decode, order), (4, 12), PFNS, "page") for order in ORDERS),
     *(
-        Path_(
-            f"report, chains of {length}, {'indirect' if indirect else 'direct'}, {regions} region"
-            + "s" * (regions > 1),
-            "descriptor",
-            functools.partial(reports, length, indirect=indirect, regions=regions),
-            amounts,
-            length,
+        # 64 MiB, 32 blocks, are one system call: whole ones are counted.
+        Way(
+            f"report, {shape(*one)}",
+            partial(report, *one),
+            (max(1, 32 // one[0]), max(3, 96 // one[0])),
+            one[0],
         )
-        for length, indirect, regions, amounts in (
-            (1, False, 1, (32, 96)),
-            (32, False, 1, (2, 6)),
-            (1, True, 1, (32, 96)),
-            (32, True, 1, (2, 6)),
-            (256, True, 1, (1, 3)),
-            (32, True, 4, (2, 6)),
-        )
+        for one in ((1, False, 1), (32, False, 1), (1, True, 1), (32, True, 1), (256, True, 1), (32, True, 4))
     ),
     *(
-        Path_(f"inflate, {order}", "page frame number", functools.partial(pages, order), (4, 12), PFNS)
-        for order in ("scattered", "runs of 16", "contiguous, descending")
+        Way(f"inflate, {order}", partial(pages, Role.INFLATE, order), (4, 12), PFNS, "page")
+        for order in ORDERS
     ),
-    Path_(
-        "deflate, scattered",
-        "page frame number",
-        functools.partial(pages, "scattered", Role.DEFLATE),
-        (4, 12),
-        PFNS,
-    ),
-)
+    Way("deflate, scattered", partial(pages, Role.DEFLATE, "scattered"), (4, 12), PFNS, "page"),
+]
 
 
 def count_here(library: str) -> None:
@@ -199,9 +246,9 @@ def count_here(library: str) -> None:
     )
     marks.mark_start()
     gc.disable()
-    for number, path in enumerate(PATHS):
-        run = path.make()
-        for amount in (*path.amounts, *path.amounts):  # the second time all is warm
+    for number, way in enumerate(WAYS):
+        run = way.make()
+        for amount in (way.amounts[1], *way.amounts):  # the first time is for what is done once
             marks.mark_zero()
             run(amount)
             marks.mark_dump(f"{number} {amount}".encode())
@@ -235,7 +282,7 @@ def measure() -> dict[str, float]:
             str(library),
         ]
         keep = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
-        env = {**keep, "PYTHONHASHSEED": "0", "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+        env = {**keep, "PYTHONHASHSEED": "0", "LD_PRELOAD": str(library), "GLIBC_TUNABLES": PLAIN_COPIES}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stderr}")
@@ -252,10 +299,10 @@ def read(folder: Path) -> dict[str, float]:
         if mark and total:
             totals[int(mark[1]), int(mark[2])] = int(total[1])
     counted = {}
-    for number, path in enumerate(PATHS):
-        small, large = path.amounts
+    for number, way in enumerate(WAYS):
+        small, large = way.amounts
         difference = totals[number, large] - totals[number, small]
-        counted[path.name] = round(difference / ((large - small) * path.units), 3)
+        counted[way.name] = round(difference / ((large - small) * way.units), 3)
     return counted
 
 
@@ -274,10 +321,20 @@ def key() -> str:
     return " ".join(words + built)
 
 
+def figures() -> dict[str, dict[str, float]]:
+    """All that are kept, by key."""
+    found: dict[str, dict[str, float]] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return found
+
+
 def kept() -> dict[str, float] | None:
-    """The figures that are kept for this key."""
-    figures: dict[str, dict[str, float]] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    return figures.get(key())
+    """The figures that are kept for what is built here."""
+    return figures().get(key())
+
+
+def keep(counted: dict[str, float], name: str) -> None:
+    """Keep figures, and those for other keys as they are."""
+    KEPT.write_text(json.dumps(figures() | {name: counted}, indent=2, sort_keys=True) + "\n")
 
 
 def grown(counted: dict[str, float], before: dict[str, float]) -> list[str]:
@@ -296,21 +353,21 @@ def grown(counted: dict[str, float], before: dict[str, float]) -> list[str]:
 def rows(counted: dict[str, float], before: dict[str, float] | None) -> list[Row]:
     """Rows as `table.py` reads them."""
     found = []
-    for path in PATHS:
+    for way in WAYS:
         row = Row(
-            path.name,
-            path.unit,
-            counted[path.name],
+            way.name,
+            way.unit,
+            counted[way.name],
             facts={"measure": "instructions", "key": key(), "group": "instructions"},
         )
-        if before and path.name in before:
-            ratio = before[path.name] / counted[path.name]
+        if before and way.name in before:
+            ratio = before[way.name] / counted[way.name]
             target = Target(within=TOLERANCE)
             row.against["figure kept"] = {
-                "time": before[path.name],
+                "time": before[way.name],
                 "faster": ratio,
                 "target": str(target),
-                "met": target.met(counted[path.name], before[path.name]),
+                "met": target.met(counted[way.name], before[way.name]),
             }
         found.append(row)
     return found
@@ -336,14 +393,12 @@ def main() -> None:
         return
     before = kept()
     print(f"instructions, {key()}")
-    for path in PATHS:
-        was = (before or {}).get(path.name)
-        beside = f"{was:9.2f} kept {counted[path.name] / was - 1:+7.1%}" if was else "no figure is kept"
-        print(f"  {path.name:44} {counted[path.name]:9.2f} per {path.unit:18} {beside}")
+    for way in WAYS:
+        was = (before or {}).get(way.name)
+        beside = f"{was:9.2f} kept {counted[way.name] / was - 1:+7.1%}" if was else "no figure is kept"
+        print(f"  {way.name:44} {counted[way.name]:9.2f} per {way.unit:18} {beside}")
     if args.update:
-        figures = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-        figures[key()] = counted
-        KEPT.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
+        keep(counted, key())
     if args.json:
         args.json.write_text(json.dumps({"rows": [asdict(row) for row in rows(counted, before)]}, indent=1))
 
