@@ -307,7 +307,10 @@ def read(folder: Path) -> dict[str, float]:
 
 
 def key() -> str:
-    """What the counts depend on: architecture, compiler and Cython, as the native modules name them."""
+    """What the counts depend on: architecture, compiler and Cython, as the native modules name them.
+
+    Some Pythons have extensions compiled with a stack protector, Debian's does, which takes instructions too.
+    """
     module = Path(balloon._queue.__file__).read_bytes()
     cython = re.search(rb"_cython_(\d+)_(\d+)_", module)
     compilers = sorted({int(major) for major in re.findall(rb"GCC: \([^)]*\) (\d+)\.", module)})
@@ -318,7 +321,8 @@ def key() -> str:
     ]
     switches = Path(sys.prefix) / ".switches"  # the Makefile's
     built = re.findall(r"(\w+)=1", switches.read_text()) if switches.exists() else []
-    return " ".join(words + built)
+    protected = ["stack-protector"] if b"__stack_chk_fail" in module else []
+    return " ".join(words + protected + built)
 
 
 def figures() -> dict[str, dict[str, float]]:
@@ -358,7 +362,7 @@ def rows(counted: dict[str, float], before: dict[str, float] | None) -> list[Row
             way.name,
             way.unit,
             counted[way.name],
-            facts={"measure": "instructions", "key": key(), "group": "instructions"},
+            facts={"measure": "instructions"},
         )
         if before and way.name in before:
             ratio = before[way.name] / counted[way.name]
@@ -387,9 +391,8 @@ def main() -> None:
     except Missing as reason:
         print(f"instructions are not counted: {reason}")
         if args.json:
-            args.json.write_text(
-                json.dumps({"rows": [], "skipped": [{"name": "instructions", "reason": str(reason)}]})
-            )
+            skipped = [{"name": "instructions", "reason": str(reason)}]
+            args.json.write_text(json.dumps({"benchmarks": [], "skipped": skipped}))
         return
     before = kept()
     print(f"instructions, {key()}")
@@ -400,7 +403,10 @@ def main() -> None:
     if args.update:
         keep(counted, key())
     if args.json:
-        args.json.write_text(json.dumps({"rows": [asdict(row) for row in rows(counted, before)]}, indent=1))
+        named = [{"name": row.name, "extra_info": {"row": asdict(row)}} for row in rows(counted, before)]
+        args.json.write_text(
+            json.dumps({"machine_info": {"instructions_of": key()}, "benchmarks": named}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
