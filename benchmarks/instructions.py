@@ -260,10 +260,11 @@ def count_here(library: str) -> None:
 def measure() -> dict[str, float]:
     """Instructions for one unit, by the name of the path.
 
-    :raise Missing: no valgrind, or not its headers.
+    :raise Missing: no valgrind, or not its headers, or no compiler.
     """
-    if shutil.which("valgrind") is None:
-        raise Missing("valgrind is not installed")
+    for tool in ("valgrind", "gcc"):
+        if shutil.which(tool) is None:
+            raise Missing(f"{tool} is not installed")
     try:
         library = build_c("instructions")
     except subprocess.CalledProcessError as error:

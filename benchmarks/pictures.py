@@ -21,7 +21,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from harness import Row
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ STYLE = {
 COST = {
     "devices": "devices, kicked one after the other",
     "idle devices": "devices, of which one is kicked",
-    "ram": "guest RAM in GiB",
+    "ram": "guest RAM",
     "regions": "regions of guest RAM",
     "ranges": "ranges in a drain",
 }
@@ -75,6 +75,11 @@ def short(seconds: float, _: object = None) -> str:
 
 def number(value: float, _: object = None) -> str:
     return f"{value:g}" if value < 1000 else f"{value:,.0f}"
+
+
+def size(value: float, _: object = None) -> str:
+    """Bytes as an axis has them."""
+    return f"{value / (1 << 30):g} GiB" if value >= 1 << 30 else f"{value / (1 << 20):g} MiB"
 
 
 def log_times(axes: Axes, which: str = "y") -> None:
@@ -118,7 +123,7 @@ def density(rows: list[Row]) -> Figure:
     axes.set_xscale("log", base=2)
     runs = sorted({row.facts["run"] for row in rows})
     axes.set_xticks(runs, [str(run) for run in runs])
-    axes.xaxis.set_minor_locator(plt.NullLocator())
+    axes.xaxis.set_minor_locator(NullLocator())
     log_times(axes)
     axes.set(
         title="256 pages given back",
@@ -158,22 +163,30 @@ def cost(rows: list[Row]) -> Figure:
     figure, all_axes = plt.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 3.2), squeeze=False)
     for axes, kind in zip(all_axes[0], kinds, strict=True):
         mine = sorted((row for row in rows if row.facts["series"] == kind), key=lambda row: row.facts["x"])
-        lines: dict[str, list[tuple[float, float]]] = {}
+        lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for row in mine:
-            lines.setdefault("balloon", []).append((row.facts["x"], row.ours))
+            backing = row.facts.get("backing", "")
+            lines.setdefault((backing, "balloon"), []).append((row.facts["x"], row.ours))
             for name, other in row.against.items():
-                lines.setdefault(name, []).append((row.facts["x"], other["time"]))
-        for place, (name, points) in enumerate(lines.items()):
+                if not name.startswith("ours"):  # a baseline for the ratio, and a point of the line itself
+                    lines.setdefault((backing, name), []).append((row.facts["x"], other["time"]))
+        backings = list(dict.fromkeys(backing for backing, _ in lines))
+        for place, ((backing, name), points) in enumerate(lines.items()):
             axes.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
-                marker=MARKERS[place % 6],
-                linestyle="-" if place == 0 else "--",
-                color=COLOURS[place % 6],
-                label=name,
+                marker=MARKERS[place % len(MARKERS)],
+                linestyle="-" if name == "balloon" else "--",
+                color=COLOURS[backings.index(backing) if len(backings) > 1 else place % len(COLOURS)],
+                label=f"{backing}: {name}" if backing else name,
             )
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(number))
+        if kind == "ram":
+            places = sorted({row.facts["x"] for row in mine})
+            axes.set_xticks(places, [size(place) for place in places], fontsize="small")
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_formatter(FuncFormatter(number))
         axes.xaxis.set_minor_formatter(NullFormatter())
         top = max(y for points in lines.values() for _, y in points)
         low = min(y for points in lines.values() for _, y in points)
@@ -183,7 +196,8 @@ def cost(rows: list[Row]) -> Figure:
             axes.set_ylim(0, 1.25 * top)
             axes.yaxis.set_major_formatter(FuncFormatter(short))
         axes.set(xlabel=COST.get(kind, kind), ylabel=f"time per {mine[0].unit}")
-        axes.legend()
+    handles, labels = all_axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), handlelength=3)
     return figure
 
 

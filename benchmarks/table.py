@@ -31,7 +31,7 @@ SECTIONS = {
     "bench_interrupts": "Giving memory back while others run",
     "bench_latency": "From kick to call",
     "bench_devices": "Many devices",
-    "bench_growth": "How cost grows",
+    "bench_scale": "How cost grows",
     "guest": "Real guests",
     "instructions": "Instructions",
 }
