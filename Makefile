@@ -84,16 +84,17 @@ bench: build guest
 	rm -rf $(BENCH)
 	mkdir -p $(BENCH)
 	status=0
-	$(BIN)/python -m pytest benchmarks -q --benchmark-quiet --benchmark-json=$(BENCH)/bench.json \
-	    --junitxml=$(BENCH)/junit.xml $(BENCH_ARGS) || status=$$?
+	$(BIN)/python -m pytest benchmarks -q -o faulthandler_timeout=0 --benchmark-quiet \
+	    --benchmark-json=$(BENCH)/bench.json --junitxml=$(BENCH)/junit.xml $(BENCH_ARGS) || status=$$?
 	$(BIN)/python benchmarks/instructions.py --json $(BENCH)/instructions.json || status=$$?
 	$(BIN)/python benchmarks/guest.py --json $(BENCH)/guest.json || status=$$?
 	table() { $(BIN)/python benchmarks/table.py $(BENCH)/*.json --junit $(BENCH)/junit.xml "$$@"; }
+	pictures() { $(BIN)/python benchmarks/pictures.py $(BENCH)/*.json "$$@"; }
 	table | tee $(BENCH)/table.md
-	$(BIN)/python benchmarks/pictures.py $(BENCH)/bench.json $(BENCH)
+	pictures $(BENCH)
 	if [ -n '$(BENCH_DOCS)' ]; then
 	    table --into docs/performance.md
-	    $(BIN)/python benchmarks/pictures.py $(BENCH)/bench.json docs/pictures
+	    pictures docs/pictures
 	fi
 	exit $$status
 

@@ -396,11 +396,6 @@ def main() -> None:
             args.json.write_text(json.dumps({"benchmarks": [], "skipped": skipped}))
         return
     before = kept()
-    print(f"instructions, {key()}")
-    for way in WAYS:
-        was = (before or {}).get(way.name)
-        beside = f"{was:9.2f} kept {counted[way.name] / was - 1:+7.1%}" if was else "no figure is kept"
-        print(f"  {way.name:44} {counted[way.name]:9.2f} per {way.unit:18} {beside}")
     if args.update:
         keep(counted, key())
     if args.json:
@@ -408,6 +403,11 @@ def main() -> None:
         args.json.write_text(
             json.dumps({"machine_info": {"instructions_of": key()}, "benchmarks": named}, indent=1) + "\n"
         )
+    print(f"instructions, {key()}")
+    for way in WAYS:
+        was = (before or {}).get(way.name)
+        beside = f"{was:9.2f} kept {counted[way.name] / was - 1:+7.1%}" if was else "no figure is kept"
+        print(f"  {way.name:44} {counted[way.name]:9.2f} per {way.unit:18} {beside}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The pictures of docs/performance.md, from the JSON of the benchmarks.
 
-    python benchmarks/pictures.py build/bench/bench.json build/bench
+    python benchmarks/pictures.py build/bench/*.json build/bench
 
 Which rows go into which picture is said by `facts["series"]`: "density", "latency", and the rest, which have
 `facts["x"]`. The same JSON makes the same files. A picture without a row is not made.
@@ -9,11 +9,10 @@ Which rows go into which picture is said by `facts["series"]`: "density", "laten
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 
@@ -22,6 +21,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from harness import Row
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from table import read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,18 +224,12 @@ def draw(rows: Iterable[Row], folder: Path) -> list[Path]:
     return made
 
 
-def read(path: Path) -> list[Row]:
-    """The rows in a file."""
-    found: list[dict[str, Any]] = [one["extra_info"] for one in json.loads(path.read_text())["benchmarks"]]
-    return [Row(**info["row"]) for info in found if "row" in info]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("json", type=Path, help="what pytest-benchmark has written")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON of the benchmarks")
     parser.add_argument("folder", type=Path, help="where the pictures go")
     args = parser.parse_args()
-    for path in draw(read(args.json), args.folder):
+    for path in draw(read(args.files).rows, args.folder):
         print(path)
 
 
