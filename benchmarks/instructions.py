@@ -47,6 +47,7 @@ __all__ = ["KEPT", "Missing", "grown", "kept", "key", "measure", "rows"]
 
 KEPT = Path(__file__).with_suffix(".json")
 TOLERANCE = 1.05
+REPEATS = 4
 ENTRIES = ("__pyx_pw_7balloon_6_queue_9DataQueue_*serve", "__pyx_pw_7balloon_7testing_8_measure_*")
 """Where counting begins and ends: what Cython calls the methods that Python calls."""
 
@@ -231,7 +232,6 @@ WAYS = [
         Way(f"inflate, {order}", partial(pages, Role.INFLATE, order), (4, 12), PFNS, "page")
         for order in ORDERS
     ),
-    Way("deflate, scattered", partial(pages, Role.DEFLATE, "scattered"), (4, 12), PFNS, "page"),
 ]
 
 
@@ -248,7 +248,7 @@ def count_here(library: str) -> None:
     gc.disable()
     for number, way in enumerate(WAYS):
         run = way.make()
-        for amount in (way.amounts[1], *way.amounts):  # the first time is for what is done once
+        for amount in way.amounts * REPEATS:
             marks.mark_zero()
             run(amount)
             marks.mark_dump(f"{number} {amount}".encode())
@@ -291,18 +291,21 @@ def measure() -> dict[str, float]:
 
 
 def read(folder: Path) -> dict[str, float]:
-    """What the dumps say; of several of the same amount the last one."""
+    """What the dumps say; of one amount the least, since the interpreter's caches only add to it."""
     totals: dict[tuple[int, int], int] = {}
     for dump in sorted(folder.iterdir(), key=lambda path: int(path.suffix[1:] or 0)):
         text = dump.read_text()
         mark = re.search(r"^desc: Trigger: Client Request: (\d+) (\d+)$", text, re.MULTILINE)
         total = re.search(r"^summary: (\d+)$", text, re.MULTILINE)
         if mark and total:
-            totals[int(mark[1]), int(mark[2])] = int(total[1])
+            place = int(mark[1]), int(mark[2])
+            totals[place] = min(totals.get(place, int(total[1])), int(total[1]))
     counted = {}
     for number, way in enumerate(WAYS):
         small, large = way.amounts
         difference = totals[number, large] - totals[number, small]
+        if difference <= 0:
+            raise RuntimeError(f"{way.name}: nothing was counted, is one of {ENTRIES} gone?")
         counted[way.name] = round(difference / ((large - small) * way.units), 3)
     return counted
 
@@ -371,7 +374,7 @@ def rows(counted: dict[str, float], before: dict[str, float] | None) -> list[Row
             row.against["figure kept"] = {
                 "time": before[way.name],
                 "faster": ratio,
-                "target": str(target),
+                "target": f"at most {TOLERANCE:g} x",
                 "met": target.met(counted[way.name], before[way.name]),
             }
         found.append(row)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,8 +99,8 @@ def quantity(value: float, row: Row) -> str:
 def ratio(faster: float, target: str) -> str:
     """How the two compare, in the words of the target."""
     if target.startswith("at most") or (faster < 1 and not target.startswith("at least")):
-        return f"{1 / faster:.2f} x its time"
-    return f"{faster:.3g} x faster" if faster >= 10 else f"{faster:.2f} x faster"
+        return f"{1 / faster:.2f} x" + (" its time" if target.endswith("time") or target == "-" else "")
+    return f"{faster:.{2 if faster < 9.995 else 1 if faster < 99.95 else 0}f} x faster"
 
 
 def plain(value: Any) -> str:
@@ -171,6 +172,8 @@ def markdown(results: Results) -> str:
     """All of it."""
     out = []
     if results.machine:
+        kernel = re.match(r"[\d.]*\d", str(results.machine.get("kernel", "")))
+        results.machine |= {"kernel": kernel[0]} if kernel else {}  # without the builder's name
         out += [
             "Machine: "
             + "; ".join(f"{k.replace('_', ' ')} {plain(v)}" for k, v in results.machine.items())
