@@ -20,9 +20,33 @@ ctypedef struct region_t:
 
 ctypedef struct map_t:
     size_t count
-    region_t *regions    # sorted by guest address, disjoint
+    region_t *regions    # sorted by guest address, disjoint; without any, there is one of no size
 
-cdef region_t *map_find(const map_t *map, uint64_t address) noexcept nogil
+
+cdef inline region_t *map_last(region_t *regions, size_t count, uint64_t address) noexcept nogil:
+    """The last region that begins at or below `address`, else the first.
+
+    Without a branch on an address: those of a guest come in an order that no processor can predict.
+    """
+    cdef region_t *middle
+    cdef size_t half
+    while count > 1:
+        half = count >> 1
+        middle = regions + half
+        regions = middle if address >= middle.guest else regions
+        count -= half
+    return regions
+
+
+cdef inline region_t *map_find(const map_t *map, uint64_t address) noexcept nogil:
+    """The region that holds `address`, else the first one above it, else NULL."""
+    cdef region_t *region = map_last(map.regions, map.count, address)
+    if address < region.guest or address - region.guest < region.size:
+        return region
+    region += 1
+    return region if region < map.regions + map.count else NULL
+
+
 cdef char *map_host(const map_t *map, uint64_t address, uint64_t size) noexcept nogil
 
 cdef int process_generation() noexcept

@@ -52,24 +52,6 @@ cdef int check_process(int made) except -1:
 METHODS = ("none", "dontneed", "remove", "punch")
 
 
-cdef region_t *map_find(const map_t *map, uint64_t address) noexcept nogil:
-    """The region that holds `address`, else the first one above it, else NULL."""
-    cdef size_t low = 0
-    cdef size_t high = map.count
-    cdef size_t middle
-    cdef region_t *region
-    while low < high:
-        middle = (low + high) >> 1
-        region = &map.regions[middle]
-        if address - region.guest < region.size and address >= region.guest:
-            return region
-        if address < region.guest:
-            high = middle
-        else:
-            low = middle + 1
-    return &map.regions[low] if low < map.count else NULL
-
-
 cdef char *map_host(const map_t *map, uint64_t address, uint64_t size) noexcept nogil:
     """Where `size` bytes at `address` are, if they lie together in this process, else NULL."""
     cdef region_t *region = map_find(map, address)

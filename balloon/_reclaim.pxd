@@ -1,6 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from balloon._memory cimport region_t
+from balloon._spec cimport SLICE_BYTES, SLICE_RANGES, SLICE_WORK
 
 ctypedef struct range_t:
     uint64_t start           # host addresses
@@ -29,11 +30,40 @@ ctypedef struct reclaim_t:
     bint settled             # ranges[0..count) is exactly what the kernel will be asked for
     bint vectored            # the kernel takes vectored advice on our own memory
 
-cdef bint reclaim_full(const reclaim_t *r) noexcept nogil
-cdef void reclaim_add(reclaim_t *r, region_t *region, uint64_t start, uint64_t end) noexcept nogil
 cdef void reclaim_settle(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil
 cdef void reclaim_clear(reclaim_t *r) noexcept nogil
 cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil
+
+cdef inline bint reclaim_full(const reclaim_t *r) noexcept nogil:
+    """True when the slice is complete and has to be flushed before more is added."""
+    return r.count >= SLICE_RANGES or r.bytes >= <uint64_t>SLICE_BYTES or r.work >= SLICE_WORK
+
+
+cdef inline void reclaim_add(reclaim_t *r, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
+    """Add a range of one region; it is merged with the last one where they touch or overlap."""
+    cdef range_t *last
+    if r.count:
+        last = &r.ranges[r.count - 1]
+        if last.region == region and start <= last.end and end >= last.start:
+            if end > last.end:
+                r.bytes += end - last.end
+                last.end = end
+            if start < last.start:
+                r.bytes += last.start - start
+                last.start = start
+                # It grew downwards, maybe past the one before it.
+                if r.count > 1 and start <= r.ranges[r.count - 2].end:
+                    r.sorted = False
+            return
+        if start < last.end:
+            r.sorted = False
+    last = &r.ranges[r.count]
+    last.start = start
+    last.end = end
+    last.region = region
+    r.bytes += end - start
+    r.count += 1
+
 
 cdef class Reclaimer:
     cdef reclaim_t state

@@ -28,7 +28,7 @@ from balloon._memory cimport (
     METHOD_DONTNEED, METHOD_NONE, METHOD_PUNCH, METHOD_REMOVE, GuestMap, check_process, map_find,
     process_generation, region_t,
 )
-from balloon._spec cimport RECLAIM_RETRIES, SLICE_BYTES, SLICE_RANGES, SLICE_WORK
+from balloon._spec cimport RECLAIM_RETRIES, SLICE_RANGES
 
 from balloon.errors import StateError
 
@@ -39,45 +39,13 @@ cdef extern from "_atomics.h" nogil:
     void full_fence()
 
 
-cdef bint reclaim_full(const reclaim_t *r) noexcept nogil:
-    """True when the slice is complete and has to be flushed before more is added."""
-    return r.count >= SLICE_RANGES or r.bytes >= <uint64_t>SLICE_BYTES or r.work >= SLICE_WORK
-
-
-cdef void reclaim_add(reclaim_t *r, region_t *region, uint64_t start, uint64_t end) noexcept nogil:
-    """Add a range of one region; it is merged with the last one where they touch or overlap."""
-    cdef range_t *last
-    if r.count:
-        last = &r.ranges[r.count - 1]
-        if last.region == region and start <= last.end and end >= last.start:
-            if end > last.end:
-                r.bytes += end - last.end
-                last.end = end
-            if start < last.start:
-                r.bytes += last.start - start
-                last.start = start
-                # It grew downwards, maybe past the one before it.
-                if r.count > 1 and start <= r.ranges[r.count - 2].end:
-                    r.sorted = False
-            return
-        if start < last.end:
-            r.sorted = False
-    last = &r.ranges[r.count]
-    last.start = start
-    last.end = end
-    last.region = region
-    r.bytes += end - start
-    r.count += 1
-
-
 cdef void sort_ranges(reclaim_t *r) noexcept nogil:
-    """Sort by start: insertion for a few, else byte by byte from the lowest (radix), without equal bytes."""
+    """Sort by start: insertion for a few, else eight bits at a time from the lowest that differ (radix)."""
     cdef uint32_t count = r.count
     cdef uint32_t number, position, total, step
     cdef uint32_t bucket[256]
-    cdef uint64_t every_one = <uint64_t>-1
-    cdef uint64_t any_one = 0
-    cdef int shift
+    cdef uint64_t differing = 0
+    cdef int shift = 0
     cdef range_t moving
     cdef range_t *source = r.ranges
     cdef range_t *target = r.scratch
@@ -90,11 +58,11 @@ cdef void sort_ranges(reclaim_t *r) noexcept nogil:
                 position -= 1
             source[position] = moving
         return
-    for number in range(count):
-        every_one &= source[number].start
-        any_one |= source[number].start
-    for shift in range(0, 64, 8):
-        if ((every_one ^ any_one) >> shift) & 0xff == 0:
+    for number in range(1, count):
+        differing |= source[number].start ^ source[0].start
+    while shift < 64 and differing >> shift:
+        if not differing >> shift & 1:  # pages: the lowest bits are all the same
+            shift += 1
             continue
         memset(bucket, 0, sizeof(bucket))
         for number in range(count):
@@ -105,10 +73,11 @@ cdef void sort_ranges(reclaim_t *r) noexcept nogil:
             bucket[number] = total
             total += step
         for number in range(count):
-            position = bucket[<uint8_t>(source[number].start >> shift)]
-            bucket[<uint8_t>(source[number].start >> shift)] += 1
-            target[position] = source[number]
+            step = <uint8_t>(source[number].start >> shift)
+            target[bucket[step]] = source[number]
+            bucket[step] += 1
         source, target = target, source
+        shift += 8
     if source != r.ranges:
         memcpy(r.ranges, source, count * sizeof(range_t))
 

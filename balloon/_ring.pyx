@@ -27,35 +27,6 @@ from balloon._spec cimport (
 from balloon import spec
 from balloon.errors import ConfigError, RingError, StateError
 
-cdef extern from "_atomics.h" nogil:
-    uint16_t load_once_u16(const void *p)
-    uint32_t load_once_u32(const void *p)
-    uint64_t load_once_u64(const void *p)
-    void store_once_u16(void *p, uint16_t v)
-    void store_once_u32(void *p, uint32_t v)
-    uint16_t load_acquire_u16(const void *p)
-    void store_release_u16(void *p, uint16_t v)
-    void full_fence()
-    uint16_t swap_u16(uint16_t v)
-    uint32_t swap_u32(uint32_t v)
-    uint64_t swap_u64(uint64_t v)
-
-
-# Rings are little-endian, those of legacy guests in the guest's own byte order: `swapped` where that is big.
-
-
-cdef inline uint16_t in_order_u16(const split_t *ring, uint16_t v) noexcept nogil:
-    return swap_u16(v) if ring.swapped else v
-
-
-cdef inline uint32_t in_order_u32(const split_t *ring, uint32_t v) noexcept nogil:
-    return swap_u32(v) if ring.swapped else v
-
-
-cdef inline uint64_t in_order_u64(const split_t *ring, uint64_t v) noexcept nogil:
-    return swap_u64(v) if ring.swapped else v
-
-
 cdef inline uint16_t available_index(const split_t *ring) noexcept nogil:
     return in_order_u16(ring, load_acquire_u16(ring.available + 2))
 
@@ -74,21 +45,101 @@ cdef int split_place(split_t *ring, const map_t *map, uint64_t descriptors, uint
     return 0
 
 
+# A descriptor is read as two numbers: its address, and the rest: length, flags and the next one, from the
+# lowest bit up.
+
+cdef enum:
+    FLAG_NEXT = <uint64_t>DESC_F_NEXT << 32
+    FLAG_INDIRECT = <uint64_t>DESC_F_INDIRECT << 32
+
+
+cdef inline uint64_t swap_rest(uint64_t v) noexcept nogil:
+    return swap_u32(<uint32_t>v) | <uint64_t>swap_u16(<uint16_t>(v >> 32)) << 32 \
+        | <uint64_t>swap_u16(<uint16_t>(v >> 48)) << 48
+
+
+cdef inline void copy_descriptor(desc_t *copy, uint64_t address, uint64_t rest) noexcept nogil:
+    copy.address = address
+    copy.length = <uint32_t>rest
+    copy.flags = <uint16_t>(rest >> 32)
+    copy.following = <uint16_t>(rest >> 48)
+
+
+cdef void begin_ring(split_t *ring) noexcept nogil:
+    """The ring may have been served before, and left in the middle of work.
+
+    Go on where its used index stands, and take back a wish for silence. Not when the ring is made: this may
+    meet SIGBUS.
+    """
+    ring.fresh = False
+    ring.next_used = in_order_u16(ring, load_acquire_u16(ring.used + 2))
+    store_once_u16(ring.used, 0)
+
+
+cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t address,
+                   uint64_t rest) noexcept nogil:
+    """Pop the chain whose first descriptor was read; as `split_pop`.
+
+    It is in the .pxd only so that the compiler does not put it into `split_pop`, which then would have to
+    save registers for every chain of one.
+    """
+    cdef uint32_t limit = ring.size
+    cdef uint32_t following, length
+    cdef desc_t *copy = ring.chain
+    cdef const desc_t *end = copy + ring.size
+    cdef const char *table = ring.descriptors
+    cdef const char *entry = table + DESC_BYTES * <size_t>position
+    cdef bint nested = False
+    while True:
+        if rest & FLAG_INDIRECT:
+            length = <uint32_t>rest
+            if nested:
+                return -FAULT_INDIRECT_NESTED
+            if not ring.indirect:
+                return -FAULT_INDIRECT_UNNEGOTIATED
+            if rest & FLAG_NEXT:
+                return -FAULT_INDIRECT_NEXT
+            if length == 0 or length % DESC_BYTES:
+                return -FAULT_INDIRECT_SIZE
+            entry = table = map_host(map, address, length)
+            if table == NULL:
+                return -FAULT_INDIRECT_ADDRESS
+            limit = length / DESC_BYTES
+            nested = True
+            position = 0
+        else:
+            if copy == end:
+                return -FAULT_LOOP
+            copy_descriptor(copy, address, rest)
+            copy += 1
+            if not rest & FLAG_NEXT:
+                break
+            following = <uint32_t>(rest >> 48)
+            if following >= limit:
+                return -FAULT_NEXT_RANGE
+            position += 1
+            entry += DESC_BYTES
+            if following != position:  # a branch: where chains lie in order, nothing waits for `following`
+                position = following
+                entry = table + DESC_BYTES * <size_t>position
+        address = load_once_u64(entry)
+        rest = load_once_u64(entry + 8)
+        if ring.swapped:
+            address = swap_u64(address)
+            rest = swap_rest(rest)
+    ring.chain_length = <uint32_t>(copy - ring.chain)
+    ring.next_available += 1
+    return 1
+
+
 cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
     """1: a chain was popped into `ring.chain`; 0: the ring is empty; below 0: minus the fault."""
     cdef uint16_t pending = <uint16_t>(available_index(ring) - ring.next_available)
-    cdef uint32_t position, length, limit, count
-    cdef uint16_t flags, following, head
-    cdef uint64_t address
-    cdef char *table = ring.descriptors
+    cdef uint16_t head
+    cdef uint64_t address, rest
     cdef const char *entry
-    cdef bint nested = False
     if ring.fresh:
-        # The ring may have been served before, and left in the middle of work: go on where its used index
-        # stands, and take back a wish for silence. Not when the ring is made: this may meet SIGBUS.
-        ring.fresh = False
-        ring.next_used = in_order_u16(ring, load_acquire_u16(ring.used + 2))
-        store_once_u16(ring.used, 0)
+        begin_ring(ring)
     if pending == 0:
         return 0
     if pending > ring.size:
@@ -98,54 +149,18 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
     if head >= ring.size:
         return -FAULT_HEAD_RANGE
     ring.head = head  # also of a chain that is not popped, for whoever tells of it
-    position = head
-    limit = ring.size
-    count = 0
-    while True:
-        entry = table + DESC_BYTES * <size_t>position
-        address = in_order_u64(ring, load_once_u64(entry))
-        length = in_order_u32(ring, load_once_u32(entry + 8))
-        flags = in_order_u16(ring, load_once_u16(entry + 12))
-        following = in_order_u16(ring, load_once_u16(entry + 14))
-        if flags & DESC_F_INDIRECT:
-            if nested:
-                return -FAULT_INDIRECT_NESTED
-            if not ring.indirect:
-                return -FAULT_INDIRECT_UNNEGOTIATED
-            if flags & DESC_F_NEXT:
-                return -FAULT_INDIRECT_NEXT
-            if length == 0 or length % DESC_BYTES:
-                return -FAULT_INDIRECT_SIZE
-            table = map_host(map, address, length)
-            if table == NULL:
-                return -FAULT_INDIRECT_ADDRESS
-            limit = length / DESC_BYTES
-            nested = True
-            position = 0
-            continue
-        if count == ring.size:
-            return -FAULT_LOOP
-        ring.chain[count].address = address
-        ring.chain[count].length = length
-        ring.chain[count].flags = flags
-        count += 1
-        if not flags & DESC_F_NEXT:
-            break
-        if following >= limit:
-            return -FAULT_NEXT_RANGE
-        position = following
-    ring.chain_length = count
+    entry = ring.descriptors + DESC_BYTES * <size_t>head
+    address = load_once_u64(entry)
+    rest = load_once_u64(entry + 8)
+    if ring.swapped:
+        address = swap_u64(address)
+        rest = swap_rest(rest)
+    if rest & (FLAG_NEXT | FLAG_INDIRECT):
+        return pop_chain(ring, map, head, address, rest)
+    copy_descriptor(ring.chain, address, rest)
+    ring.chain_length = 1
     ring.next_available += 1
     return 1
-
-
-cdef void split_push(split_t *ring, uint16_t head) noexcept nogil:
-    """Write the used entry of `head`, shown at the next publish. Nothing was written into it: length 0."""
-    cdef char *entry = ring.used + 4 + 8 * <size_t>(ring.next_used & ring.mask)
-    store_once_u32(entry, in_order_u32(ring, head))
-    store_once_u32(entry + 4, 0)
-    ring.next_used += 1
-    ring.touched = True
 
 
 cdef bint split_publish(split_t *ring) noexcept nogil:
@@ -276,7 +291,6 @@ cdef class SplitRing:
         :raise RingError: the ring is corrupt; nothing was popped.
         """
         cdef int got
-        cdef uint32_t number
         self.check()
         got = split_pop(&self.ring, &self.memory.map)
         if got == 0:
