@@ -47,7 +47,7 @@ __all__ = ["KEPT", "Missing", "grown", "kept", "key", "measure", "rows"]
 
 KEPT = Path(__file__).with_suffix(".json")
 TOLERANCE = 1.05
-REPEATS = 4
+REPEATS = 3
 ENTRIES = ("__pyx_pw_7balloon_6_queue_9DataQueue_*serve", "__pyx_pw_7balloon_7testing_8_measure_*")
 """Where counting begins and ends: what Cython calls the methods that Python calls."""
 
