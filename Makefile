@@ -5,6 +5,8 @@
 #   make demo     reporting, live                  DEMO_ARGS='--guest driver'
 #   make test     the whole suite                  PYTEST_ARGS='-x -k ring'
 #   make asan     the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer (PYTEST_ARGS too)
+#   make bench    all benchmarks, in about 10 minutes: build/bench has the JSON, a table, the pictures
+#                 BENCH_ARGS='-k walk'; BENCH_DOCS=1 renews those of docs/performance.md too
 #   make lint     floors, file lengths, ruff, mypy, stubs, cython-lint
 #   make clean    remove all that make has made
 #
@@ -19,7 +21,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := build
-.PHONY: build demo test asan lint clean packages guest FORCE
+.PHONY: build demo test asan bench lint clean packages guest FORCE
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,6 +29,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq
 SETUP := $(BIN)/python -W ignore setup.py -q
 NATIVE := $(wildcard $(addprefix balloon/,*.pyx *.pxd *.h */*.pyx */*.pxd */*.h))
 GUEST_PACKAGES := user-mode-linux busybox-static
+COUNT_PACKAGES := $(if $(filter test bench,$(MAKECMDGOALS)),valgrind)
 
 ifneq ($(BALLOON_SANITIZE),)
 $(error BALLOON_SANITIZE: sanitized modules are built apart, by `make asan`)
@@ -44,6 +47,7 @@ switches_stale := FORCE
 endif
 
 build_requires := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['build-system']['requires'])
+bench_requires := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'])
 
 # How sanitized code is run: any finding ends the process, pymalloc does not hide what lies behind an object,
 # and the package in ASAN_LIB comes before the one in the current folder and the installed one.
@@ -73,11 +77,33 @@ asan: build
 	    -m 'not e2e and not slow' --ignore=tests/e2e --ignore=tests/test_house.py --ignore=tests/test_races.py \
 	    -k 'not fork and not child' tests $(PYTEST_ARGS)
 
+# One that fails does not keep the others from the table.
+BENCH := build/bench
+bench: build guest
+	$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(PIP) $$($(BIN)/python -c "$(bench_requires)")
+	rm -rf $(BENCH)
+	mkdir -p $(BENCH)
+	status=0
+	$(BIN)/python -m pytest benchmarks -q -o faulthandler_timeout=0 --benchmark-quiet \
+	    --benchmark-json=$(BENCH)/bench.json --junitxml=$(BENCH)/junit.xml $(BENCH_ARGS) || status=$$?
+	$(BIN)/python benchmarks/instructions.py --json $(BENCH)/instructions.json || status=$$?
+	$(BIN)/python benchmarks/guest.py --json $(BENCH)/guest.json || status=$$?
+	table() { $(BIN)/python benchmarks/table.py $(BENCH)/*.json --junit $(BENCH)/junit.xml "$$@"; }
+	pictures() { $(BIN)/python benchmarks/pictures.py $(BENCH)/*.json "$$@"; }
+	table | tee $(BENCH)/table.md
+	pictures $(BENCH)
+	if [ -n '$(BENCH_DOCS)' ]; then
+	    table --into docs/performance.md
+	    pictures docs/pictures
+	fi
+	exit $$status
+
 lint: build
 	$(BIN)/python -m pytest -q -m 'not slow' tests/test_house.py $(PYTEST_ARGS)
 
 # Debian packages: what the build lacks (asked of the tools themselves, since PYTHON need not be Debian's),
-# and what a real guest is made of. Without the latter all goes on: the demo and the tests say what they miss.
+# what a real guest is made of, and what counts instructions. Without the latter two all goes on: the demo and
+# the tests say what they miss.
 packages:
 	if [ -z '$(python)' ]; then
 	    echo 'balloon: $(PYTHON) is not Python 3.11 or newer: install it, or set PYTHON' >&2
@@ -96,7 +122,7 @@ packages:
 	}
 	wanted=($$(lacking))
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-	    for package in $(GUEST_PACKAGES); do
+	    for package in $(GUEST_PACKAGES) $(COUNT_PACKAGES); do
 	        state=$$(dpkg-query -W -f='$${Status}' $$package 2>/dev/null) || true
 	        [[ $$state == *' ok installed' ]] || wanted+=($$package)
 	    done
@@ -114,7 +140,7 @@ packages:
 	    exit 1
 	fi
 
-# Without those two packages: the same, unpacked into a cache folder, unless they are there.
+# Without the guest's packages: the same, unpacked into a cache folder, unless they are there.
 guest: build
 	$(BIN)/python -m balloon.testing.uml --fetch >/dev/null || echo 'balloon: going on without a real guest' >&2
 

@@ -53,8 +53,8 @@ class Target:
 
     def __str__(self) -> str:
         if self.within is not None:
-            return f"at most {self.within:g} x its time"
-        return f"at least {self.faster:g} x faster" if self.faster is not None else "-"
+            return f"at most {self.within:.3g} x its time"
+        return f"at least {self.faster:.3g} x faster" if self.faster is not None else "-"
 
 
 @dataclass

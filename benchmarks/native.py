@@ -9,22 +9,30 @@ import os
 import subprocess
 from pathlib import Path
 
-__all__ = ["compile_c"]
+__all__ = ["build_c", "compile_c"]
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "benchmarks"
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", "-fPIC", "-shared", "-pthread")
 
 
-@functools.cache
-def compile_c(name: str) -> ctypes.CDLL:
-    """Build `name`.c beside this file as a shared library, unless that was done, and load it."""
+def build_c(name: str) -> Path:
+    """Build `name`.c beside this file as a shared library, unless that was done.
+
+    :raise CalledProcessError: it cannot be; `stderr` says why.
+    """
     source = HERE / f"{name}.c"
     key = hashlib.sha256(source.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
     target = BUILD / f"{name}-{key}.so"
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         half = target.with_suffix(f".{os.getpid()}")
-        subprocess.run(["gcc", *FLAGS, "-o", half, source], check=True)
+        subprocess.run(["gcc", *FLAGS, "-o", half, source], check=True, capture_output=True, text=True)
         half.rename(target)
-    return ctypes.CDLL(str(target), use_errno=True)
+    return target
+
+
+@functools.cache
+def compile_c(name: str) -> ctypes.CDLL:
+    """Build and load `name`.c, once."""
+    return ctypes.CDLL(str(build_c(name)), use_errno=True)
