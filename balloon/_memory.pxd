@@ -59,7 +59,6 @@ cdef inline char *map_host(const map_t *map, uint64_t address, uint64_t size) no
     return map_host_over(map, address, size)
 
 
-
 cdef int process_generation() noexcept
 cdef int check_process(int made) except -1
 
