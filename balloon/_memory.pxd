@@ -47,7 +47,17 @@ cdef inline region_t *map_find(const map_t *map, uint64_t address) noexcept nogi
     return region if region < map.regions + map.count else NULL
 
 
-cdef char *map_host(const map_t *map, uint64_t address, uint64_t size) noexcept nogil
+cdef char *map_host_over(const map_t *map, uint64_t address, uint64_t size) noexcept nogil
+
+
+cdef inline char *map_host(const map_t *map, uint64_t address, uint64_t size) noexcept nogil:
+    """Where `size` bytes at `address` are, if they lie together in this process, else NULL."""
+    cdef region_t *region = map_last(map.regions, map.count, address)
+    cdef uint64_t offset = address - region.guest
+    if offset < region.size and size <= region.size - offset:
+        return region.host + offset
+    return map_host_over(map, address, size)
+
 
 cdef int process_generation() noexcept
 cdef int check_process(int made) except -1

@@ -52,8 +52,8 @@ cdef int check_process(int made) except -1:
 METHODS = ("none", "dontneed", "remove", "punch")
 
 
-cdef char *map_host(const map_t *map, uint64_t address, uint64_t size) noexcept nogil:
-    """Where `size` bytes at `address` are, if they lie together in this process, else NULL."""
+cdef char *map_host_over(const map_t *map, uint64_t address, uint64_t size) noexcept nogil:
+    """`map_host` of a range that may go on in the next region."""
     cdef region_t *region = map_find(map, address)
     cdef char *host
     cdef uint64_t offset, room

@@ -369,8 +369,8 @@ def repeated(serve: Callable[[int], object], rounds: int) -> Callable[[], float]
 
 ONE: Final = (
     "Pop, translate and push are three functions that keep their state in memory, since a slice may end "
-    "after any of them; a chain of one descriptor has nothing to spread that over: 179 instructions on "
-    "x86-64 against about 110."
+    "after any of them; a chain of one descriptor has nothing to spread that over. Instructions, x86-64, "
+    "gcc 12: 183 against 111 direct, 266 against 163 indirect."
 )
 CASES = [
     pytest.param(length, regions, indirect, id=f"{length}-{regions}-{'indirect' if indirect else 'direct'}")
