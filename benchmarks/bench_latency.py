@@ -134,7 +134,11 @@ def tell(benchmark: BenchmarkFixture, all_of: dict[str, Latency], series: str) -
 
 @pytest.mark.parametrize(
     ("where", "spin"),
-    [("driver on another CPU", False), ("driver on another CPU, spins", True), ("driver on the same CPU", False)],
+    [
+        ("driver on another CPU", False),
+        ("driver on another CPU, spins", True),
+        ("driver on the same CPU", False),
+    ],
     ids=["blocks", "spins", "same-cpu"],
 )
 def test_idle(benchmark: BenchmarkFixture, where: str, spin: bool) -> None:

@@ -27,7 +27,20 @@ from balloon.device import Balloon
 from balloon.memory import GuestMemory
 from balloon.spec import Feature, Role, Status
 
-__all__ = ["Flood", "Guest", "c_loop", "cpu_of", "drive", "guests", "lib", "pinned", "sweep", "two_cpus", "worker_of"]
+__all__ = [
+    "PAGE",
+    "Flood",
+    "Guest",
+    "c_loop",
+    "cpu_of",
+    "drive",
+    "guests",
+    "lib",
+    "pinned",
+    "sweep",
+    "two_cpus",
+    "worker_of",
+]
 
 PAGE: Final = 4096
 STRIDE: Final = 2 * PAGE
@@ -76,7 +89,14 @@ class Guest:
     """
 
     def __init__(
-        self, ring: Ring, *, size: int = 64, ranges: int = 1, per_chain: int = 1, fd: int = -1, offset: int = 0
+        self,
+        ring: Ring,
+        *,
+        size: int = 64,
+        ranges: int = 1,
+        per_chain: int = 1,
+        fd: int = -1,
+        offset: int = 0,
     ) -> None:
         self.ring = ring
         self.ranges, self.per_chain = ranges, per_chain
@@ -165,13 +185,16 @@ def c_loop(rings: Any) -> Iterator[Any]:
 # Who kicks.
 
 
-def drive(rings: Any, kicks: int, *, pause_us: float = 50, spin: bool = False) -> npt.NDArray[np.float64]:
-    """Kick rings in turn, `pause_us` after the last call; seconds from each kick to its call.
+def drive(
+    rings: Any, kicks: int, *, among: int = 0, pause_us: float = 50, spin: bool = False
+) -> npt.NDArray[np.float64]:
+    """Kick all rings, or the first `among` of them, in turn; seconds from each kick to its call.
 
-    With the pause whoever serves is asleep again. The driver waits in poll(2), or asks it without end.
+    After a call there is a pause, so that whoever serves is asleep again. The driver waits in poll(2), or
+    asks it without end.
     """
     took = np.zeros(kicks, np.uint64)
-    came = lib().drive(rings, len(rings), kicks, int(pause_us * 1000), spin, took.ctypes.data)
+    came = lib().drive(rings, among or len(rings), kicks, int(pause_us * 1000), spin, took.ctypes.data)
     assert came == 0, "a call did not come, or a chain not back"
     return took / 1e9
 
