@@ -10,12 +10,21 @@ cdef extern from "<poll.h>" nogil:
     int poll(pollfd *fds, unsigned long count, int timeout)
     short POLLOUT
 
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int value, int flags)
+    int EFD_CLOEXEC, EFD_NONBLOCK
+
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *data, size_t size, int flags)
     int MSG_DONTWAIT, MSG_NOSIGNAL
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_write "write"(int fd, const void *data, size_t size)
+
+
+cdef int open_bell() noexcept nogil:
+    """An eventfd of our own, or -1 with errno."""
+    return eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
 
 
 cdef void ring_bell(int fd) noexcept nogil:
