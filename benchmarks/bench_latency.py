@@ -4,9 +4,9 @@ A kick brings one report of one page that is not there, so that the system call 
 serves is pinned to one CPU and the driver to another, or to the same: left to the scheduler, the two settle
 now here, now there, and that alone makes a factor of three.
 
-Each row has `facts["percentiles_us"]` (p50, p90, p99 of all kicks, by who served). The rows "driver on another
-CPU" have `facts["series"] == "latency"` and `facts["distributions"]`: at most 200 sorted latencies in
-microseconds for each of them, evenly thinned.
+Each row has `facts["percentiles_us"]`: p50, p90, p99 of all kicks, by who served. Two rows, one idle and one
+beside a thread that computes, have `facts["series"] == "latency"` and `facts["distributions"]`: at most 200
+sorted latencies in microseconds for each who served, evenly thinned.
 """
 
 from __future__ import annotations

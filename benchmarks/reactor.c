@@ -96,21 +96,35 @@ int drive(struct ring *rings, int count, int kicks, uint64_t pause_ns, int spin,
     return 0;
 }
 
-/* Kick all rings, then wait for all of them; nanoseconds from the first kick to the last call, or 0. */
-uint64_t sweep(struct ring *rings, int count) {
+/* Make a chain available in each ring, then kick them in turn. */
+void kick_all(struct ring *rings, int count) {
     for (int number = 0; number < count; number++)
         post(rings + number, 1, 1);
-    uint64_t begin = now_ns(CLOCK_MONOTONIC), took;
     for (int number = 0; number < count; number++)
         ring_bell(rings[number].kick);
-    for (int number = count; number-- > 0;) /* the last one first: it is the last to be served */
-        if (wait_for_call(rings + number, 0))
-            return 0;
-    took = now_ns(CLOCK_MONOTONIC) - begin;
+}
+
+/* Take the chain and the call of each: 0, or -1 if one is missing. */
+int take_all(struct ring *rings, int count) {
     for (int number = 0; number < count; number++)
-        if (hear(rings + number) || take(rings + number, 1))
+        if (take(rings + number, 1) || hear(rings + number))
+            return -1;
+    return 0;
+}
+
+/* Kick all, and wait until all chains are back; nanoseconds, or 0 if one is missing. */
+uint64_t sweep(struct ring *rings, int count) {
+    uint64_t begin = now_ns(CLOCK_MONOTONIC), took;
+    kick_all(rings, count);
+    if (wait_for_call(rings + count - 1, 0)) /* first come, first served; whoever does not is waited for too */
+        return 0;
+    for (int number = 0; number < count; number++) {
+        struct ring *r = rings + number;
+        if (load_acquire_u16(r->host + r->used + 2) == r->seen && wait_for_call(r, 0))
             return 0;
-    return took;
+    }
+    took = now_ns(CLOCK_MONOTONIC) - begin;
+    return take_all(rings, count) ? 0 : took;
 }
 
 struct flood { /* a driver that reports flat out, in a thread of its own */
@@ -151,9 +165,8 @@ uint64_t flood_stop(struct flood *f) {
 
 /* ---- The device. */
 
-struct device { /* a thread that serves rings, kicked through one epoll set */
-    struct ring *rings;
-    int count, epoll, stop, vectored;
+struct device { /* serves rings, kicked through one epoll set */
+    int epoll, stop, threaded, vectored;
     uint64_t failures;
     size_t pending;
     struct iovec ranges[RANGES];
@@ -284,27 +297,38 @@ static void serve_ring(struct device *d, struct ring *r) {
     } while (listen_again(r));
 }
 
-static void *device_run(void *argument) {
-    struct device *d = argument;
+/* Wait for kicks, serve what was kicked: how many, or -1 when it has to stop. */
+static int device_round(struct device *d, int timeout) {
     struct epoll_event events[BATCH];
-    for (;;) {
-        int got = epoll_wait(d->epoll, events, BATCH, -1);
-        if (got < 0 && errno != EINTR)
-            abort();
-        for (int number = 0; number < got; number++) {
-            if (events[number].data.ptr == NULL)
-                return NULL;
-            serve_ring(d, events[number].data.ptr);
-        }
+    int got = epoll_wait(d->epoll, events, BATCH, timeout);
+    if (got < 0 && errno != EINTR)
+        abort();
+    for (int number = 0; number < got; number++) {
+        if (events[number].data.ptr == NULL)
+            return -1;
+        serve_ring(d, events[number].data.ptr);
     }
+    return got < 0 ? 0 : got;
 }
 
-/* Serve rings in a thread of its own; NULL if that cannot be. `vectored`: process_madvise from two ranges on. */
-struct device *device_start(struct ring *rings, int count, int vectored) {
+static void *device_run(void *argument) {
+    while (device_round(argument, -1) >= 0)
+        ;
+    return NULL;
+}
+
+/* Serve what was kicked, in this thread, and do not wait for more. */
+void device_drain(struct device *d) {
+    while (device_round(d, 0) > 0)
+        ;
+}
+
+/* Serve rings, in a thread of its own or in device_drain; NULL if that cannot be. `vectored`:
+ * process_madvise from two ranges on. */
+struct device *device_start(struct ring *rings, int count, int vectored, int threaded) {
     struct device *d = calloc(1, sizeof *d);
     struct epoll_event event = {.events = EPOLLIN};
-    d->rings = rings;
-    d->count = count;
+    d->threaded = threaded;
     d->vectored = vectored;
     d->epoll = epoll_create1(EPOLL_CLOEXEC);
     d->stop = eventfd(0, EFD_CLOEXEC);
@@ -315,7 +339,7 @@ struct device *device_start(struct ring *rings, int count, int vectored) {
         if (epoll_ctl(d->epoll, EPOLL_CTL_ADD, rings[number].kick, &event))
             return NULL;
     }
-    return pthread_create(&d->thread, NULL, device_run, d) ? NULL : d;
+    return threaded && pthread_create(&d->thread, NULL, device_run, d) ? NULL : d;
 }
 
 /* CPU time of the thread in nanoseconds. */
@@ -327,7 +351,8 @@ uint64_t device_cpu(struct device *d) {
 /* Returns what went wrong: ranges that the kernel refused, rings that were corrupt. */
 uint64_t device_stop(struct device *d) {
     ring_bell(d->stop);
-    pthread_join(d->thread, NULL);
+    if (d->threaded)
+        pthread_join(d->thread, NULL);
     close(d->stop);
     close(d->epoll);
     uint64_t failures = d->failures;

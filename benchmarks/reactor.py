@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +31,8 @@ __all__ = [
     "PAGE",
     "Flood",
     "Guest",
+    "all_at_once",
+    "attached",
     "c_loop",
     "cpu_of",
     "drive",
@@ -69,10 +71,13 @@ def lib() -> Any:
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
     for name, returns, arguments in (
         ("drive", number, (pointer, number, number, long, number, pointer)),
+        ("kick_all", None, (pointer, number)),
+        ("take_all", number, (pointer, number)),
         ("sweep", long, (pointer, number)),
         ("flood_start", pointer, (pointer, number, number, long, long, number)),
         ("flood_stop", long, (pointer,)),
-        ("device_start", pointer, (pointer, number, number)),
+        ("device_start", pointer, (pointer, number, number, number)),
+        ("device_drain", None, (pointer,)),
         ("device_cpu", long, (pointer,)),
         ("device_stop", long, (pointer,)),
     ):
@@ -155,26 +160,32 @@ def guests(count: int = 1, **options: Any) -> Iterator[tuple[Any, list[Guest]]]:
 
 
 @contextlib.contextmanager
-def worker_of(served: Sequence[Guest]) -> Iterator[threading.Thread]:
-    """A worker; what comes is its thread."""
-    before = set(threading.enumerate())
-    with Worker() as worker:
-        (thread,) = set(threading.enumerate()) - before
-        queues = [device.queue(index) for device, index in (guest.device() for guest in served)]
-        for queue, guest in zip(queues, served, strict=True):
-            worker.attach(queue, guest.ring.kick, guest.ring.call)
-        yield thread
-        assert not worker.take_events()
-        for queue in queues:
-            counts = queue.counts()
-            assert not counts["failures"], counts
-            assert not any(counts["faults"].values()), counts
+def attached(worker: Worker, served: Sequence[Guest]) -> Iterator[None]:
+    """Have a worker serve the queues."""
+    queues = [device.queue(index) for device, index in (guest.device() for guest in served)]
+    for queue, guest in zip(queues, served, strict=True):
+        worker.attach(queue, guest.ring.kick, guest.ring.call)
+    yield
+    assert not worker.take_events()
+    for queue in queues:
+        counts = queue.counts()
+        assert not counts["failures"], counts
+        assert not any(counts["faults"].values()), counts
 
 
 @contextlib.contextmanager
-def c_loop(rings: Any) -> Iterator[Any]:
-    """The C loop; what comes is for `lib().device_cpu()`."""
-    handle = lib().device_start(rings, len(rings), Reclaimer().vectored)
+def worker_of(served: Sequence[Guest]) -> Iterator[threading.Thread]:
+    """A worker with a thread, which is what comes."""
+    before = set(threading.enumerate())
+    with Worker() as worker, attached(worker, served):
+        (thread,) = set(threading.enumerate()) - before
+        yield thread
+
+
+@contextlib.contextmanager
+def c_loop(rings: Any, threaded: bool = True) -> Iterator[Any]:
+    """The C loop; what comes is for `lib().device_cpu()`, or for `device_drain()` where it has no thread."""
+    handle = lib().device_start(rings, len(rings), Reclaimer().vectored, threaded)
     assert handle
     try:
         yield handle
@@ -204,6 +215,16 @@ def sweep(rings: Any) -> float:
     took = lib().sweep(rings, len(rings))
     assert took, "a call did not come, or a chain not back"
     return float(took) / 1e9
+
+
+def all_at_once(rings: Any, serve: Callable[[], None]) -> float:
+    """Kick all rings, then have them served in this thread; seconds that serving took."""
+    lib().kick_all(rings, len(rings))
+    begin = time.perf_counter()
+    serve()
+    took = time.perf_counter() - begin
+    assert lib().take_all(rings, len(rings)) == 0, "a chain or a call is missing"
+    return took
 
 
 class Flood:
