@@ -136,14 +136,14 @@ struct flood { /* a driver that reports flat out, in a thread of its own */
 
 static void *flood_run(void *argument) {
     struct flood *f = argument;
-    while (!flag_load(&f->stop) && !f->failed) {
+    do {
         for (int number = 0; f->touch && number < f->chains * f->per_chain; number++)
             ((volatile char *)f->ring->host)[f->begin + f->stride * (uint64_t)number] = 1;
         post(f->ring, f->chains, f->per_chain);
         ring_bell(f->ring->kick);
         f->failed = wait_for_call(f->ring, 0) || hear(f->ring) || take(f->ring, f->chains);
         f->reports += (uint64_t)f->chains;
-    }
+    } while (!flag_load(&f->stop) && !f->failed);
     return NULL;
 }
 
@@ -154,7 +154,7 @@ struct flood *flood_start(struct ring *ring, int chains, int per_chain, uint64_t
     return pthread_create(&f->thread, NULL, flood_run, f) ? NULL : f;
 }
 
-/* How many reports came back, or 0 if some did not. */
+/* How many reports came back, at least one round of them; or 0 if some did not. */
 uint64_t flood_stop(struct flood *f) {
     flag_store(&f->stop, 1);
     pthread_join(f->thread, NULL);
