@@ -41,6 +41,7 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 
+_idle = []  # reclaimers of `serve()`: as many as threads were in it at once, and not one for each device
 OUTCOMES = ("idle", "more", "fault", "wait")  # SLICE_*
 NEWS = (
     (NEWS_REFUSED, "refused"), (NEWS_FAULT, "fault"), (NEWS_STATS, "stats"), (NEWS_HINTS, "hints"),
@@ -180,15 +181,16 @@ cdef class DataQueue:
         cdef int status = SLICE_MORE
         cdef int slices = 0
         cdef reclaim_t *r
+        cdef Reclaimer reclaimer
         self.check_running()
         check_outside_hook()
-        if self.plane.reclaimer is None:
-            self.plane.reclaimer = Reclaimer()
-        r = &self.plane.reclaimer.state
+        reclaimer = _idle.pop() if _idle else Reclaimer()
+        r = &reclaimer.state
         with nogil:
             pthread_mutex_lock(&self.plane.lock)
         if self.stopped or self.plane.worker is not None:  # perhaps while this thread waited
             self.plane.release()
+            _idle.append(reclaimer)
             self.check_running()
             raise StateError("the queues of this device belong to a worker: detach them first")
         with nogil:
@@ -203,6 +205,7 @@ cdef class DataQueue:
         self.queue.notify = False
         self.queue.news = 0
         self.plane.release()
+        _idle.append(reclaimer)
         return outcome
 
     def ask(self):
