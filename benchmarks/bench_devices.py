@@ -48,8 +48,8 @@ COUNTS = (1, 10, 100, MANY)
 NOTE = (
     "A report of one page that is not there is the least that a kick can bring. What is above C then: the "
     "fcntl(2) that asks before each write of a call eventfd whether somebody made it blocking, 0.25 us; some "
-    "900 instructions where C has 200; and caches: the parts of a device lie in six objects, the rings of the "
-    "C loop in one array."
+    "900 instructions where C has 200; and caches: the parts of a device lie in six objects, the rings of "
+    "the C loop in one array."
 )
 
 
