@@ -169,7 +169,7 @@ def built_with():
 
 
 def _probe_again():
-    """Ask the kernel anew, for tests."""
+    """Ask the kernel anew, or what stands in for it. For tests."""
     global refusal
     forget_self()
     refusal = UNKNOWN
@@ -284,6 +284,7 @@ def probe_punch(int fd, uint64_t page):
 def _set_system_calls(uintptr_t madvise=0, uintptr_t process_madvise=0, uintptr_t fallocate=0):
     """Put C functions in the place of system calls, by address; 0 puts the real one back. For tests."""
     global call_madvise, call_fallocate, call_process_madvise
+    kernel_vectored()  # the real one is probed, and what stands in for it only by _probe_again()
     call_madvise = <madvise_t>madvise if madvise else <madvise_t>c_madvise
     call_fallocate = <fallocate_t>fallocate if fallocate else <fallocate_t>c_fallocate
     call_process_madvise = (

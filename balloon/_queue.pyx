@@ -15,6 +15,7 @@ from balloon._fill cimport (
     NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE, queue_t,
     span_t, stats_t,
 )
+from balloon._kernel cimport kernel_vectored
 from balloon._memory cimport GuestMap, check_process
 from balloon._plane cimport DataPlane
 from balloon._pthread cimport (
@@ -186,6 +187,7 @@ cdef class DataQueue:
         check_outside_hook()
         reclaimer = _idle.pop() if _idle else Reclaimer()
         r = &reclaimer.state
+        r.vectored = kernel_vectored()  # whatever it met for another device
         with nogil:
             pthread_mutex_lock(&self.plane.lock)
         if self.stopped or self.plane.worker is not None:  # perhaps while this thread waited

@@ -224,10 +224,9 @@ def test_a_fork_that_python_does_not_know_of_is_noticed(boot: Callable[[Answer],
 @pytest.mark.parametrize("huge", [2 * MIB, GIB])
 def test_no_call_is_larger_than_the_kernel_takes(boot: Callable[[Answer], Kernel], huge: int) -> None:
     """2 GiB less a page in 1,024 ranges is the most: also where what is added last is one large page."""
-    kernel = boot(says_yes_and_does_nothing)
-    with system_calls(process_madvise=carry_out):  # for the probe
-        _probe_again()
-        assert kernel_path() == "process_madvise (PIDFD_SELF)"
+    boot(carry_out)
+    assert kernel_path() == "process_madvise (PIDFD_SELF)"
+    kernel = Kernel(says_yes_and_does_nothing)
     with system_calls(process_madvise=kernel.process_madvise, madvise=lambda *_: 0):
         run_large(kernel, huge)
 
