@@ -8,6 +8,10 @@ counted by strace in boots of their own, so that our own counter has a witness.
 Where Debian's qemu-system-x86 is installed, its own balloon is inflated, deflated and told of free pages
 under emulation (TCG), with anonymous memory and with a memfd. Of it only calls are counted: CPU of different
 guests does not compare.
+
+With `--qemu-both` it does: the same QEMU (10.2 or newer) boots the same guest, on a memfd, in turn with its
+own balloon and with our back-end. QEMU serves its own in its main thread, the CPU of which is set against the
+same thread's and our back-end's together. What else that thread does is in both, and nothing is subtracted.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -28,7 +32,18 @@ from typing import Any
 
 from guest_backend import BackEnd, State
 from harness import Row
-from qemu_guest import KernelMissing, QemuFiles, QemuGuest, QemuUnavailable, Qmp, fetch_kernel, find_qemu
+from qemu_guest import (
+    KernelMissing,
+    OwnBalloon,
+    QemuFiles,
+    QemuGuest,
+    QemuUnavailable,
+    Qmp,
+    Watched,
+    fetch_kernel,
+    find_program,
+    find_qemu,
+)
 from straced import Trace, count_discards, why_no_strace
 
 from balloon.testing.uml import UmlFiles, UmlGuest, UmlUnavailable, choose_memory_folder, fetch_uml, find_uml
@@ -70,6 +85,12 @@ class Phase:
     counters: dict[str, int] = field(default_factory=dict)
     worker_cpu: float = 0.0
     control_cpu: float = 0.0
+    qemu_cpu: float = 0.0
+
+    @property
+    def cpu(self) -> float:
+        """All of it."""
+        return self.worker_cpu + self.control_cpu + self.qemu_cpu
 
     @property
     def discards(self) -> int | None:
@@ -117,6 +138,45 @@ class Uml:
                 guest.poweroff()
 
 
+@dataclass(frozen=True)
+class Qemu:
+    """A guest of QEMU, with its own balloon or with ours."""
+
+    files: QemuFiles
+    memfd: bool
+    ours: bool = False
+
+    def __str__(self) -> str:
+        return f"QEMU {self.files.version}, {'memfd' if self.memfd else 'anonymous memory'}"
+
+    @contextmanager
+    def booted(self, *, reporting: bool, traced: bool) -> Iterator[tuple[QemuGuest, Watched, Trace | None]]:
+        """A guest with its balloon driver loaded, and who serves it: that one is traced."""
+        with tempfile.TemporaryDirectory(prefix="balloon-guest-") as name, ExitStack() as stack:
+            work = Path(name)
+            trace = Trace(work / "trace") if traced else None
+            prefix = trace.prefix if trace else ()
+            backend = None
+            if self.ours:
+                backend = stack.enter_context(BackEnd(work / "s", reporting=reporting, prefix=prefix))
+            guest = stack.enter_context(
+                QemuGuest(
+                    self.files,
+                    memory_bytes=RAM,
+                    folder=work / "guest",
+                    memfd=self.memfd,
+                    reporting=reporting,
+                    socket_path=work / "s" if self.ours else None,
+                    prefix=() if self.ours else prefix,
+                )
+            )
+            guest.start(timeout=180)
+            guest.load_balloon()
+            with Qmp(guest.qmp_path) as qmp:
+                yield guest, Watched(guest, backend or OwnBalloon(qmp, RAM)), trace
+            guest.poweroff()
+
+
 def between(name: str, held: tuple[int, int], before: State, after: State, trace: Trace | None) -> Phase:
     """What happened between two states of the back-end."""
     control = after.control_cpu - before.control_cpu
@@ -132,18 +192,19 @@ def between(name: str, held: tuple[int, int], before: State, after: State, trace
         },
         worker_cpu=after.process_cpu - before.process_cpu - control,
         control_cpu=control,
+        qemu_cpu=after.qemu_cpu - before.qemu_cpu,
     )
 
 
-def inflate_uml(uml: Uml, traced: bool) -> list[Phase]:
+def inflate(host: Uml | Qemu, traced: bool) -> list[Phase]:
     """Inflate a fresh guest, deflate it, use its memory, inflate it again; reporting is off."""
-    with uml.booted(reporting=False, traced=traced) as (guest, backend, trace):
+    with host.booted(reporting=False, traced=traced) as (guest, balloon, trace):
 
         def go(name: str, target: int) -> Phase:
-            held, before = guest.memory_file_bytes(), backend.look()
+            held, before = guest.memory_file_bytes(), balloon.look()
             if trace:
                 trace.take()
-            after = backend.set_target(target)
+            after = balloon.set_target(target)
             return between(name, (held, guest.memory_file_bytes()), before, after, trace)
 
         phases = [go(FRESH, TARGET), go(DEFLATE, 0)]
@@ -152,81 +213,25 @@ def inflate_uml(uml: Uml, traced: bool) -> list[Phase]:
         return [*phases, go(USED, TARGET)]
 
 
-def report_uml(uml: Uml, traced: bool) -> list[Phase]:
+def report(host: Uml | Qemu, traced: bool) -> list[Phase]:
     """Let the guest report what was free from the start, then what it frees: BOOTS times, traced once."""
-    with uml.booted(reporting=True, traced=traced) as (guest, backend, trace):
-        settle(lambda: int(backend.look().counters["reported_bytes"]))
+    with host.booted(reporting=True, traced=traced) as (guest, balloon, trace):
+        # All that is free is populated first: the host holds less with each report then, whoever serves it.
+        write(guest, USED_MIB)
+        remove(guest)
+        settle(guest.memory_file_bytes)
         phases = []
         for _ in range(1 if traced else BOOTS):
             write(guest, FREED_MIB)
-            held, before = guest.memory_file_bytes(), backend.look()
+            held, before = guest.memory_file_bytes(), balloon.look()
             if trace:
                 trace.take()
             remove(guest)
             # What the host holds is watched, and not the back-end: that would answer instead of resting.
             seconds = settle(guest.memory_file_bytes, enough=held - 0.999 * FREED_MIB * MIB)
-            after = replace(backend.look(), wall=seconds)
+            after = replace(balloon.look(), wall=seconds)
             phases.append(between(REPORT, (held, guest.memory_file_bytes()), before, after, trace))
         return phases
-
-
-@dataclass(frozen=True)
-class Qemu:
-    """QEMU with its own balloon, always under strace."""
-
-    files: QemuFiles
-    memfd: bool
-
-    def __str__(self) -> str:
-        return f"QEMU {self.files.version}, {'memfd' if self.memfd else 'anonymous memory'}"
-
-    @contextmanager
-    def booted(self, *, reporting: bool) -> Iterator[tuple[QemuGuest, Trace]]:
-        """A guest with its balloon driver loaded."""
-        with tempfile.TemporaryDirectory(prefix="balloon-guest-") as name:
-            work = Path(name)
-            trace = Trace(work / "trace")
-            with QemuGuest(
-                self.files,
-                memory_bytes=RAM,
-                folder=work / "guest",
-                memfd=self.memfd,
-                reporting=reporting,
-                prefix=trace.prefix,
-            ) as guest:
-                guest.start(timeout=180)
-                guest.load_balloon()
-                yield guest, trace
-                guest.poweroff()
-
-
-def inflate_qemu(qemu: Qemu) -> list[Phase]:
-    """Inflate a fresh guest and deflate it."""
-    with qemu.booted(reporting=False) as (guest, trace), Qmp(guest.qmp_path) as qmp:
-
-        def go(name: str, target: int) -> Phase:
-            held, _ = guest.resident_bytes(), trace.take()
-            qmp.set_target(RAM - target)
-            return Phase(name, held, guest.resident_bytes(), calls=trace.take())
-
-        return [go(FRESH, TARGET), go(DEFLATE, 0)]
-
-
-def report_qemu(qemu: Qemu) -> list[Phase]:
-    """Let the guest report what was free from the start, then what it frees."""
-    with qemu.booted(reporting=True) as (guest, trace):
-        seen: Counter[str] = Counter()
-
-        def count() -> int:
-            seen.update(trace.take())
-            return seen.total() * MIB  # each call counts as a change
-
-        settle(count)
-        write(guest, FREED_MIB)
-        held, _ = guest.resident_bytes(), trace.take()
-        remove(guest)
-        settle(guest.resident_bytes, enough=held - 0.999 * FREED_MIB * MIB)
-        return [Phase(REPORT, held, guest.resident_bytes(), calls=trace.take())]
 
 
 def write(guest: UmlGuest, mib: int) -> None:
@@ -266,6 +271,7 @@ def combine(timed: Sequence[Phase], traced: Sequence[Phase]) -> list[Phase]:
             wall=median(phase.wall for phase in same),
             worker_cpu=median(phase.worker_cpu for phase in same),
             control_cpu=median(phase.control_cpu for phase in same),
+            qemu_cpu=median(phase.qemu_cpu for phase in same),
         )
         result.append(one)
     return result
@@ -373,22 +379,20 @@ def get_uml(fetch: bool) -> UmlFiles:
     return fetch_uml()
 
 
-def get_qemu(fetch: bool) -> QemuFiles:
-    """QEMU and its guest, fetched if need and wish be.
+def get_qemu(fetch: bool, name: str) -> QemuFiles:
+    """QEMU and its guest; the guest is fetched if need and wish be.
 
     :raise UmlUnavailable: there is no static busybox.
-    :raise QemuUnavailable: there is no QEMU or no kernel, or nothing to count its calls with.
+    :raise QemuUnavailable: there is no QEMU or no kernel.
     """
-    if why := why_no_strace():
-        raise QemuUnavailable(f"{why}: nothing else counts the calls of QEMU")
     busybox, cache = get_uml(fetch).busybox, default_cache() / "qemu"
     try:
-        return find_qemu(busybox, cache)
+        return find_qemu(busybox, cache, name)
     except KernelMissing:
         if not fetch:
             raise
     fetch_kernel(cache)
-    return find_qemu(busybox, cache)
+    return find_qemu(busybox, cache, name)
 
 
 def run_uml(fetch: bool) -> tuple[str, list[Phase]]:
@@ -399,33 +403,106 @@ def run_uml(fetch: bool) -> tuple[str, list[Phase]]:
     files = get_uml(fetch)
     uml = Uml(files, choose_memory_folder(RAM + 64 * MIB)[0])
     print(f"ours: User-mode Linux {files.version}, {RAM // MIB} MiB, {BOOTS + 3} boots", flush=True)
-    timed = [phase for _ in range(BOOTS) for phase in inflate_uml(uml, traced=False)]
-    timed += report_uml(uml, traced=False)
+    timed = [phase for _ in range(BOOTS) for phase in inflate(uml, traced=False)]
+    timed += report(uml, traced=False)
     traced: list[Phase] = []
     if why := why_no_strace():
         print(f"skipped: counting our calls from outside: {why}", flush=True)
     else:
-        traced = inflate_uml(uml, traced=True) + report_uml(uml, traced=True)
+        traced = inflate(uml, traced=True) + report(uml, traced=True)
     return f"User-mode Linux {files.version}", combine(timed, traced)
 
 
-def run_qemu(fetch: bool) -> dict[str, list[Phase]]:
+def run_qemu(fetch: bool, name: str) -> dict[str, list[Phase]]:
     """All phases of QEMU's own balloon, by the kind of its memory.
 
-    :raise UmlUnavailable, QemuUnavailable: there is no guest.
+    :raise UmlUnavailable, QemuUnavailable: there is no guest, or nothing to count its calls with.
     """
-    files = get_qemu(fetch)
+    if why := why_no_strace():
+        raise QemuUnavailable(f"{why}: nothing else counts the calls of QEMU")
+    files = get_qemu(fetch, name)
     about = f"Linux {files.guest.version} under emulation, {RAM // MIB} MiB, 4 boots"
     print(f"QEMU {files.version}, its own balloon: {about}", flush=True)
     kinds = (Qemu(files, memfd=False), Qemu(files, memfd=True))
     with ThreadPoolExecutor() as pool:  # calls are counted and not time, so they may run side by side
-        phases = pool.map(lambda qemu: inflate_qemu(qemu) + report_qemu(qemu), kinds)
+        phases = pool.map(lambda qemu: inflate(qemu, traced=True) + report(qemu, traced=True), kinds)
         return {str(qemu): theirs for qemu, theirs in zip(kinds, phases, strict=True)}
+
+
+def run_both(fetch: bool, name: str) -> tuple[list[Phase], list[Phase]]:
+    """All phases of QEMU's own balloon and of ours, under the same QEMU, whose boots take turns.
+
+    :raise UmlUnavailable, QemuUnavailable: there is no guest, or QEMU is too old.
+    """
+    find_program(name, with_ours=True)
+    files = get_qemu(fetch, name)
+    about = f"Linux {files.guest.version} under emulation, {RAM // MIB} MiB of memfd"
+    print(
+        f"QEMU {files.version}, its own balloon and ours: {about}, {BOOTS + 1} + 2 boots of each", flush=True
+    )
+    hosts = (Qemu(files, memfd=True), Qemu(files, memfd=True, ours=True))
+    timed: tuple[list[Phase], list[Phase]] = ([], [])
+    traced: tuple[list[Phase], list[Phase]] = ([], [])
+    for measure in (*[inflate] * BOOTS, report):
+        for host, phases in zip(hosts, timed, strict=True):
+            phases += measure(host, traced=False)
+    if why := why_no_strace():
+        print(f"skipped: counting calls from outside: {why}", flush=True)
+    else:
+        for host, phases in zip(hosts, traced, strict=True):
+            phases += inflate(host, traced=True) + report(host, traced=True)
+    own, ours = (combine(*both) for both in zip(timed, traced, strict=True))
+    return own, ours
+
+
+def print_both(own: Sequence[Phase], ours: Sequence[Phase]) -> None:
+    """QEMU's own balloon and ours, under the same QEMU."""
+
+    def milliseconds(*seconds: float) -> list[str]:
+        return [f"{1000 * one:.0f} ms" for one in seconds]
+
+    def calls(phase: Phase) -> str:
+        return "-" if phase.discards is None else f"{phase.discards:,}"
+
+    print_table(
+        [
+            "",
+            "CPU with its own: QEMU's main thread",
+            "CPU with ours: QEMU's main thread",
+            "our worker",
+            "our control plane",
+            "its own : ours",
+            "discards by its own",
+            "by ours",
+            "wall with its own",
+            "with ours",
+        ],
+        (
+            [
+                name,
+                *milliseconds(theirs.cpu, one.qemu_cpu, one.worker_cpu, one.control_cpu),
+                f"{theirs.cpu / one.cpu:.2f}",
+                calls(theirs),
+                calls(one),
+                f"{theirs.wall:.2f} s",
+                f"{one.wall:.2f} s",
+            ]
+            for name in (FRESH, USED, DEFLATE, REPORT)
+            for theirs, one in [(find(own, name), find(ours, name))]
+        ),
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what this host can show, and say what it cannot; the status is 1 if that is nothing."""
     options = parse(arguments)
+    if options.qemu_both:
+        try:
+            print_both(*run_both(options.fetch, options.qemu))
+        except (UmlUnavailable, QemuUnavailable) as error:
+            print(f"skipped: {error}", flush=True)
+            return 1
+        return 0
     guest = ""
     ours: list[Phase] = []
     peers: dict[str, list[Phase]] = {}
@@ -436,7 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"skipped: ours: {error}", flush=True)
     if not options.uml_only:
         try:
-            peers = run_qemu(options.fetch)
+            peers = run_qemu(options.fetch, options.qemu)
         except (UmlUnavailable, QemuUnavailable) as error:
             print(f"skipped: QEMU: {error}", flush=True)
     if ours or peers:
@@ -458,6 +535,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--uml-only", action="store_true", help="leave QEMU out, which takes most of the time")
     only.add_argument("--qemu-only", action="store_true", help="count the calls of QEMU, and nothing of ours")
+    only.add_argument(
+        "--qemu-both",
+        action="store_true",
+        help="compare CPU and calls of QEMU's own balloon and of ours under the same QEMU, 10.2 or newer",
+    )
+    parser.add_argument(
+        "--qemu",
+        metavar="PATH",
+        default="qemu-system-x86_64",
+        help="the QEMU to run, if not the one that is installed",
+    )
     parser.add_argument(
         "--fetch",
         action="store_true",
@@ -470,8 +558,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="write the rows there, in the shape of pytest-benchmark's JSON",
     )
     options = parser.parse_args(arguments)
-    if options.json and options.qemu_only:
-        parser.error("--json has rows of ours: leave --qemu-only away")
+    if options.json and (options.qemu_only or options.qemu_both):
+        parser.error("--json has rows of ours under User-mode Linux: leave --qemu-only and --qemu-both away")
     return options
 
 

@@ -37,6 +37,8 @@ class State:
     control_cpu: float
     wall: float
     """How long the order took."""
+    qemu_cpu: float = 0.0
+    """Of the main thread of QEMU, where the guest is QEMU's."""
 
 
 class BackEnd:

@@ -1,7 +1,8 @@
-"""QEMU with its own balloon, and a Linux in it: what `guest.py` sets beside ours.
+"""QEMU with its own balloon or with ours, and a Linux in it: what `guest.py` compares us with.
 
 QEMU is Debian's package `qemu-system-x86`, where it is installed. It emulates (TCG): no KVM is needed. The
-guest is Debian's cloud kernel with busybox, driven like the User-mode Linux of `balloon.testing`.
+guest is Debian's cloud kernel with busybox, driven like the User-mode Linux of `balloon.testing`. Our
+back-end stands behind `vhost-user-test-device-pci`, which QEMU lets its users create since 10.2.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import lzma
+import os
 import re
 import shutil
 import socket
@@ -16,10 +18,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from guest_backend import BackEnd, State
 
 from balloon.errors import BalloonError
 from balloon.testing import uml_files
@@ -28,11 +32,14 @@ from balloon.testing.uml import UmlFiles, UmlGuest
 
 __all__ = [
     "KernelMissing",
+    "OwnBalloon",
     "QemuFiles",
     "QemuGuest",
     "QemuUnavailable",
     "Qmp",
+    "Watched",
     "fetch_kernel",
+    "find_program",
     "find_qemu",
     "package_of",
 ]
@@ -40,6 +47,7 @@ __all__ = [
 META_PACKAGE = "linux-image-cloud-amd64"
 MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
 """In the order in which they need each other; a kernel that lacks one has it built in."""
+OLDEST_WITH_OURS = (10, 2)
 LOOK_SECONDS = 0.05
 SYSTEM_ROOT = Path("/")
 
@@ -62,18 +70,34 @@ class QemuFiles:
     modules: tuple[Path, ...]
 
 
-def find_qemu(busybox: Path, cache: Path) -> QemuFiles:
-    """Find QEMU, and a Debian cloud kernel: installed, else in `cache`.
+def find_program(name: str = "qemu-system-x86_64", *, with_ours: bool = False) -> tuple[str, str]:
+    """Find QEMU by its path or name and ask for its version; `with_ours`: one that our back-end can serve.
 
-    :raise QemuUnavailable: one of them is missing (KernelMissing: only the kernel), or QEMU does not run.
+    :raise QemuUnavailable: it is missing, does not run, or is too old.
     """
-    qemu = shutil.which("qemu-system-x86_64")
-    if qemu is None:
-        raise QemuUnavailable("qemu-system-x86_64 is not installed (Debian: qemu-system-x86)")
+    found = shutil.which(name)
+    if found is None:
+        raise QemuUnavailable(f"{name} is not installed (Debian: qemu-system-x86)")
+    qemu = os.path.abspath(found)  # it is run from another folder
     said = subprocess.run([qemu, "--version"], capture_output=True, text=True, timeout=30)
     version = re.search(r"version (\d+(?:\.\d+)+)", said.stdout)
     if version is None:
         raise QemuUnavailable(f"{qemu} does not tell its version: {(said.stdout + said.stderr).strip()}")
+    if with_ours and tuple(map(int, version[1].split("."))) < OLDEST_WITH_OURS:
+        oldest = ".".join(map(str, OLDEST_WITH_OURS))
+        raise QemuUnavailable(
+            f"{qemu} is QEMU {version[1]}, and our back-end needs {oldest} or newer (its device is "
+            "vhost-user-test-device-pci): give the path of one by --qemu; Debian: trixie-backports, sid"
+        )
+    return qemu, version[1]
+
+
+def find_qemu(busybox: Path, cache: Path, name: str = "qemu-system-x86_64") -> QemuFiles:
+    """Find QEMU, and a Debian cloud kernel: installed, else in `cache`.
+
+    :raise QemuUnavailable: one of them is missing (KernelMissing: only the kernel), or QEMU does not run.
+    """
+    qemu, version = find_program(name)
     for root in (SYSTEM_ROOT, cache):
         for kernel in sorted((root / "boot").glob("vmlinuz-*-cloud-amd64"), reverse=True):
             release = kernel.name.removeprefix("vmlinuz-")
@@ -82,7 +106,7 @@ def find_qemu(busybox: Path, cache: Path) -> QemuFiles:
             if "virtio_balloon" in found:
                 guest = UmlFiles(kernel, found["virtio_balloon"], busybox, release)
                 modules = tuple(found[name] for name in MODULES if name in found)
-                return QemuFiles(qemu, version[1], guest, modules)
+                return QemuFiles(qemu, version, guest, modules)
     raise KernelMissing(f"no Debian cloud kernel in /boot nor in {cache}: --fetch gets it ({META_PACKAGE})")
 
 
@@ -123,7 +147,10 @@ def package_of(depends: str) -> str:
 
 
 class QemuGuest(UmlGuest):
-    """A guest of QEMU, driven like one of User-mode Linux; `prefix` comes before the command."""
+    """A guest of QEMU, driven like one of User-mode Linux; `prefix` comes before the command.
+
+    The balloon is QEMU's own, or that of the back-end that listens on `socket_path`.
+    """
 
     def __init__(
         self,
@@ -133,10 +160,15 @@ class QemuGuest(UmlGuest):
         folder: Path,
         memfd: bool,
         reporting: bool,
+        socket_path: Path | None = None,
         prefix: Sequence[str] = (),
     ) -> None:
         super().__init__(
-            files.guest, memory_bytes=memory_bytes, socket_path=None, folder=folder, memory_folder=folder
+            files.guest,
+            memory_bytes=memory_bytes,
+            socket_path=socket_path,
+            folder=folder,
+            memory_folder=folder,
         )
         self.qemu_files, self.memfd, self.reporting, self.prefix = files, memfd, reporting, tuple(prefix)
         self.qmp_path = self.folder / "qmp"
@@ -150,7 +182,15 @@ class QemuGuest(UmlGuest):
         (self.folder / "orders.in").symlink_to(f"/proc/self/fd/{read_fd}")
         (self.folder / "orders.out").symlink_to(f"/proc/self/fd/{write_fd}")
         kind = "memory-backend-memfd,share=on" if self.memfd else "memory-backend-ram"
-        balloon = f"virtio-balloon-pci,free-page-reporting={'on' if self.reporting else 'off'}"
+        balloon = ["-device", f"virtio-balloon-pci,free-page-reporting={'on' if self.reporting else 'off'}"]
+        if self.socket_path is not None:  # rings of the length that QEMU's own has
+            device = "vhost-user-test-device-pci,virtio-id=5,num_vqs=5,config_size=16,vq_size=128"
+            balloon = [
+                "-chardev",
+                f"socket,id=ours,path={self.socket_path}",
+                "-device",
+                f"{device},chardev=ours",
+            ]
         return [
             *self.prefix,
             self.qemu_files.qemu,
@@ -162,7 +202,7 @@ class QemuGuest(UmlGuest):
             *("-chardev", f"pipe,id=orders,path={orders}"),
             *("-serial", "chardev:orders", "-serial", "file:/dev/stdout"),
             *("-qmp", f"unix:{self.qmp_path},server=on,wait=off"),
-            *("-device", balloon),
+            *balloon,
         ]
 
     def __enter__(self) -> QemuGuest:
@@ -174,12 +214,25 @@ class QemuGuest(UmlGuest):
             self.run(f"insmod /{_member(module).name}", timeout)
         super().load_balloon(*options, timeout=timeout)
 
-    def resident_bytes(self) -> int:
-        """What the host holds for the whole process."""
+    def memory_file_bytes(self) -> int:
+        """What the host holds for the guest's memory; where that is no file, for the whole process."""
+        if self.memfd:
+            return super().memory_file_bytes()
         fields = Path(f"/proc/{self.pid}/status").read_text()
         match = re.search(r"^VmRSS:\s+(\d+) kB$", fields, re.MULTILINE)
         assert match is not None
         return int(match[1]) * 1024
+
+    def main_thread_cpu(self) -> float:
+        """Seconds of CPU of the main thread, which serves QEMU's own balloon; the guest runs in another.
+
+        :raise QemuUnavailable: the kernel does not count them.
+        """
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat")
+        nanoseconds = int(path.read_text().split()[0]) if path.exists() else 0
+        if not nanoseconds:  # it has booted a guest by now
+            raise QemuUnavailable(f"{path} does not tell the CPU of a thread (CONFIG_SCHEDSTATS)")
+        return nanoseconds / 1e9
 
 
 def _member(module: Path) -> Member:
@@ -241,3 +294,37 @@ class Qmp:
             if time.monotonic() > until:
                 raise BalloonError(f"QEMU's guest has {actual} bytes, not {left_bytes}, in {timeout:g} s")
             time.sleep(LOOK_SECONDS)
+
+
+@dataclass(frozen=True)
+class OwnBalloon:
+    """QEMU's own balloon, ordered about like our back-end; of itself it tells nothing."""
+
+    qmp: Qmp
+    memory_bytes: int
+
+    def look(self) -> State:
+        """Nothing but zeros."""
+        return State({}, 0.0, 0.0, 0.0)
+
+    def set_target(self, target_bytes: int) -> State:
+        """Set the target, and wait until the balloon has that size."""
+        begin = time.monotonic()
+        self.qmp.set_target(self.memory_bytes - target_bytes)
+        return replace(self.look(), wall=time.monotonic() - begin)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A balloon, and beside what it tells of itself the CPU of QEMU's main thread."""
+
+    guest: QemuGuest
+    balloon: OwnBalloon | BackEnd
+
+    def look(self) -> State:
+        """What was done by now."""
+        return replace(self.balloon.look(), qemu_cpu=self.guest.main_thread_cpu())
+
+    def set_target(self, target_bytes: int) -> State:
+        """Set the target, and wait until the balloon has that size."""
+        return replace(self.balloon.set_target(target_bytes), qemu_cpu=self.guest.main_thread_cpu())

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import guest
 import pytest
 import qemu_guest
-from guest_backend import BackEnd
-from qemu_guest import KernelMissing, QemuGuest, QemuUnavailable, Qmp, find_qemu, package_of
+from guest_backend import BackEnd, State
+from qemu_guest import (
+    KernelMissing,
+    OwnBalloon,
+    QemuGuest,
+    QemuUnavailable,
+    Qmp,
+    Watched,
+    find_program,
+    find_qemu,
+    package_of,
+)
 from straced import Trace, count_calls, count_discards, why_no_strace
 
 from balloon.errors import BalloonError
@@ -170,6 +183,27 @@ def test_what_qemu_lacks_is_told(qemu: Path, tmp_path: Path, monkeypatch: pytest
         find_qemu(Path("busybox"), tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("version", "enough"), [("7.2.22", False), ("10.1.9", False), ("10.2", True), ("11.1.3", True)]
+)
+def test_our_back_end_needs_a_qemu_that_has_its_device(
+    qemu: Path, monkeypatch: pytest.MonkeyPatch, version: str, enough: bool
+) -> None:
+    qemu.write_text(f"#!/bin/sh\necho 'QEMU emulator version {version} (Debian)'\n")
+    monkeypatch.chdir(qemu.parent)
+    assert find_program("./qemu-system-x86_64") == (str(qemu), version)  # from any folder
+    if enough:
+        assert find_program(with_ours=True) == (str(qemu), version)
+    else:
+        with pytest.raises(QemuUnavailable, match=f"QEMU {version}, .* 10.2 or newer .* --qemu"):
+            find_program(with_ours=True)
+
+
+def test_too_old_a_qemu_is_told_and_is_no_success(qemu: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guest.main(["--qemu-both"]) == 1
+    assert capsys.readouterr().out.startswith(f"skipped: {qemu} is QEMU 7.2.22, ")
+
+
 @pytest.mark.parametrize("memfd", [False, True])
 def test_the_command_line_of_qemu(qemu: Path, kernel: Path, tmp_path: Path, memfd: bool) -> None:
     files = find_qemu(Path("busybox"), kernel)
@@ -184,10 +218,53 @@ def test_the_command_line_of_qemu(qemu: Path, kernel: Path, tmp_path: Path, memf
     assert line[:2] == ["strace", str(qemu)]
     assert any(part.startswith("memory-backend-memfd") for part in line) == memfd
     assert ("virtio-balloon-pci,free-page-reporting=on" in line) == memfd
+    assert not any(part.startswith("vhost-user") for part in line)
     # The second archive begins where the kernel looks for it, at a multiple of four.
     archive = (folder / "initrd.gz").read_bytes()[size + -size % 4 :]
     assert archive.startswith(b"070701")
     assert archive.index(b"lib/virtio_ring.ko\0") < archive.index(b"lib/virtio_pci.ko\0")
+
+
+def test_the_command_line_of_qemu_with_our_back_end(qemu: Path, kernel: Path, tmp_path: Path) -> None:
+    one = QemuGuest(
+        find_qemu(Path("busybox"), kernel),
+        memory_bytes=256 * MIB,
+        folder=tmp_path,
+        memfd=True,
+        reporting=True,
+        socket_path=tmp_path / "s",
+    )
+    (tmp_path / "initrd.gz").touch()
+    line = one.command_line(3, 4)
+    assert f"socket,id=ours,path={tmp_path}/s" in line
+    (device,) = (part for part in line if part.startswith("vhost-user-test-device-pci,"))
+    assert {"virtio-id=5", "config_size=16", "chardev=ours"} < set(device.split(","))
+    assert not any(part.startswith("virtio-balloon") for part in line)
+
+
+def test_the_main_thread_is_watched_beside_the_balloon(
+    qemu: Path, kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = QemuGuest(
+        find_qemu(Path("busybox"), kernel),
+        memory_bytes=256 * MIB,
+        folder=tmp_path,
+        memfd=True,
+        reporting=True,
+    )
+    monkeypatch.setattr(QemuGuest, "pid", os.getpid())
+    answers: list[dict[str, Any]] = [{"return": {}}, {"return": {}}, {"return": {"actual": 156 * MIB}}]
+    with monitor(tmp_path / "qmp", answers) as orders, Qmp(tmp_path / "qmp") as qmp:
+        watched = Watched(one, OwnBalloon(qmp, 256 * MIB))
+        before = watched.look()
+        busy = time.thread_time()
+        while time.thread_time() < busy + 0.05:
+            pass
+        after = watched.set_target(100 * MIB)
+    assert orders[1]["arguments"] == {"value": 156 * MIB}
+    assert after.qemu_cpu >= before.qemu_cpu + 0.05  # of this thread: by its own clock it took that
+    assert (before.wall, before.process_cpu, after.process_cpu) == (0, 0, 0)
+    assert after.wall > 0
 
 
 @contextmanager
@@ -319,7 +396,7 @@ def test_what_was_measured_is_printed_and_written(
     assert theirs.calls is not None
     theirs.calls["madvise MADV_WILLNEED"] = 3
     monkeypatch.setattr(guest, "run_uml", lambda fetch: ("UML", ours))
-    monkeypatch.setattr(guest, "run_qemu", lambda fetch: {"QEMU": [theirs]})
+    monkeypatch.setattr(guest, "run_qemu", lambda fetch, name: {"QEMU": [theirs]})
     assert guest.main(["--json", str(tmp_path / "rows")]) == 0
     out = capsys.readouterr().out
     assert f"| {guest.FRESH} | 640 | 640 | 512 | 131,072 + 3 |" in out
@@ -329,3 +406,28 @@ def test_what_was_measured_is_printed_and_written(
     rows = [one["extra_info"]["row"] for one in json.loads((tmp_path / "rows").read_text())["benchmarks"]]
     assert [row["name"] for row in rows] == [one.name for one in ours]
     assert {row["facts"]["series"] for row in rows} == {"guest"}
+
+
+def test_the_same_qemu_with_its_own_balloon_and_with_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = (guest.FRESH, guest.USED, guest.DEFLATE, guest.REPORT)
+    ours = [replace(phase(name, 0.1, 640), qemu_cpu=0.2, wall=2.0) for name in names]
+    own = [guest.Phase(name, 0, 0, qemu_cpu=1.25, wall=3.0) for name in names]
+    own[0].calls = Counter({"fallocate FALLOC_FL_PUNCH_HOLE": 131072, "madvise MADV_WILLNEED": 3})
+    monkeypatch.setattr(guest, "run_both", lambda fetch, name: (own, ours))
+    assert guest.main(["--qemu-both", "--qemu", "here"]) == 0
+    out = capsys.readouterr().out
+    costs = "1250 ms | 200 ms | 100 ms | 200 ms | 2.50"
+    assert f"| {guest.FRESH} | {costs} | 131,072 | 640 | 3.00 s | 2.00 s |" in out
+    assert f"| {guest.REPORT} | {costs} | - | 640 | 3.00 s | 2.00 s |" in out
+
+
+def test_the_main_threads_cpu_is_a_difference_and_a_median() -> None:
+    def state(qemu_cpu: float) -> State:
+        return State({}, 0.0, 0.0, 1.0, qemu_cpu=qemu_cpu)
+
+    ends = (6.0, 7.0, 9.0)
+    phases = [guest.between("a", (0, 0), state(5.0), state(end), None) for end in ends]
+    (one,) = guest.combine(phases, [])
+    assert one.qemu_cpu == one.cpu == 2.0
