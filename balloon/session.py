@@ -83,6 +83,8 @@ class Session(Guest):
         self._rings = [_RingFds() for _ in range(spec.QUEUE_COUNT)]
         self._attached: dict[int, DataQueue] = {}
         self._detaching: dict[int, asyncio.Future[None]] = {}
+        self._waiting: asyncio.Future[None] | None = None
+        self._watched = False
         self._started = False
         self._warnings: list[float] = []
         self.memory = memory
@@ -127,7 +129,6 @@ class Session(Guest):
         try:
             while True:
                 await self._handle(*await self._receive())
-                await asyncio.sleep(0)  # a front-end that sends without end must not keep the others waiting
         except sockets.HungUp:
             pass
         except PeerError as error:
@@ -142,15 +143,30 @@ class Session(Guest):
     # Messages and actions.
 
     async def _receive(self) -> tuple[Message, list[int]]:
+        # A front-end that sends without end must not keep the others waiting: each message costs one turn.
+        while True:
+            await self._readable()
+            if (received := self._inbox.receive()) is not None:
+                return received
+
+    async def _readable(self) -> None:
+        """Wait until there is something to read. The loop goes on watching while a message is handled."""
         loop = asyncio.get_running_loop()
-        while (received := self._inbox.receive()) is None:
-            readable = loop.create_future()
-            loop.add_reader(self._socket, _resolve, readable)
-            try:
-                await readable
-            finally:
-                loop.remove_reader(self._socket)
-        return received
+        self._waiting = loop.create_future()
+        if not self._watched:
+            self._watched = True
+            loop.add_reader(self._socket.fileno(), self._on_readable)
+        try:
+            await self._waiting
+        finally:
+            self._waiting = None
+
+    def _on_readable(self) -> None:
+        if self._waiting is None:  # a message takes its time: what comes after it must not keep the loop busy
+            self._watched = False
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        elif not self._waiting.done():
+            self._waiting.set_result(None)
 
     async def _handle(self, message: Message, fds: list[int]) -> None:
         try:
@@ -245,12 +261,12 @@ class Session(Guest):
     def _watch(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
         """Go on sending when the socket can be written, for as long as something is unsent."""
         if box.unsent:
-            asyncio.get_running_loop().add_writer(sock, self._flush, sock, box)
+            asyncio.get_running_loop().add_writer(sock.fileno(), self._flush, sock, box)
 
     def _flush(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
         box.flush()
         if not box.unsent:  # only here: to remove a writer that is not there costs as much as a send
-            asyncio.get_running_loop().remove_writer(sock)
+            asyncio.get_running_loop().remove_writer(sock.fileno())
 
     # Rings and their fds.
 
@@ -279,7 +295,7 @@ class Session(Guest):
 
     def _close_channel(self) -> None:
         if self._channel is not None:
-            asyncio.get_running_loop().remove_writer(self._channel.socket)
+            asyncio.get_running_loop().remove_writer(self._channel.socket.fileno())
             self._channel.close()
             self._channel = None
 
@@ -309,7 +325,8 @@ class Session(Guest):
 
     async def _close(self, reason: str) -> None:
         self._let_go()
-        asyncio.get_running_loop().remove_writer(self._socket)
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        asyncio.get_running_loop().remove_writer(self._socket.fileno())
         self._socket.close()
         self._inbox.close()
         await self._detach(tuple(self._attached))
@@ -323,11 +340,6 @@ class Session(Guest):
         except StateError:
             _log.exception("front-end %d: its memory stays mapped", self.number)
         self._report("disconnected", reason=reason, **about)
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _replace(old: int, fd: int | None, fds: list[int]) -> int:

@@ -34,6 +34,7 @@ from balloon import serve, session, sockets
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
 from balloon.serve import Server
+from balloon.session import Session
 from balloon.spec import Feature, Role, Status
 from balloon.testing import wire
 from balloon.testing.faults import real_fallocate, system_calls
@@ -332,6 +333,38 @@ def test_pitfall_10_questions_are_answered_while_a_discard_runs(running: Running
             assert ring.take_used() == []  # all the time
             held.leave.set()
             wait_until(lambda: ring.take_used() != [])
+
+
+def test_what_is_sent_while_a_message_takes_its_time_waits_without_a_busy_loop(
+    running: Running, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = HeldDiscard()
+    looked: list[None] = []
+    real = Session._on_readable
+
+    def on_readable(session: Session) -> None:
+        looked.append(None)
+        real(session)
+
+    monkeypatch.setattr(Session, "_on_readable", on_readable)
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml()
+        front_end.write_config_like_uml(12, 0)
+        ring = front_end.driver_queue(reporting(front_end))
+        with system_calls(fallocate=held):
+            ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
+            front_end.kick(reporting(front_end))
+            assert held.entered.wait(10)
+            front_end.send(Request.SET_VRING_ENABLE, struct.pack("=II", reporting(front_end), 0), (), 9)
+            front_end.send(Request.GET_QUEUE_NUM)
+            time.sleep(0.1)
+            asked = len(looked)
+            time.sleep(0.1)
+            assert len(looked) == asked
+            held.leave.set()
+            assert front_end.read_reply(Request.SET_VRING_ENABLE) == bytes(8)
+            assert front_end.read_reply(Request.GET_QUEUE_NUM) == struct.pack("=Q", 5)
+        front_end.ask_u64(Request.GET_FEATURES)
 
 
 def test_pitfall_13_disable_is_answered_after_the_discard_under_way(running: Running, path: Path) -> None:
