@@ -1573,6 +1573,7 @@ def test_a_huge_page_that_goes_in_parts_is_freed_in_parts_only_if_it_is_split(
     got = smaps_kib(start, "AnonHugePages")
     require("thp", got >= size >> 10, f"the kernel gave {got} KiB of huge pages, not {size >> 10}")
     require("thp", in_huge_pages(start, 1)[0] == 1, "/proc/kpageflags does not show what is huge")
+    ram.madvise(mmap.MADV_NOHUGEPAGE)  # what is huge stays so, and khugepaged does not make them whole again
     memory = GuestMemory()
     memory.add_address(start, size, owner=ram, guest_address=RAM_AT, split=split)
     before = vmstat("thp_split_page")
