@@ -1,2 +1,3 @@
+cdef int open_bell() noexcept nogil
 cdef void ring_bell(int fd) noexcept nogil
 cdef void send_call(int fd, bint is_socket) noexcept nogil

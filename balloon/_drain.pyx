@@ -229,7 +229,6 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
     cdef int got = 1
     cdef uint32_t popped = 0
     cdef bint finished = True
-    cdef bint worked = q.in_chain
     if q.fault != FAULT_NONE:
         return SLICE_FAULT
     if not flag_load(&q.device.live):  # DRIVER_OK comes with a poke
@@ -257,7 +256,6 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
             got = split_pop(q.ring, q.map)
             if got <= 0:
                 break
-            worked = True
             begin_chain(q)
         finished = fill(q, r)
         if not finished:
@@ -282,9 +280,8 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
     if q.first_fault != FAULT_NONE and not q.in_chain and flag_load(&q.device.strict):
         q.fault = q.first_fault
         return SLICE_FAULT
-    if worked:
-        return SLICE_MORE
-    return SLICE_MORE if split_listen(q.ring) else SLICE_IDLE
+    # An empty ring is listened to at once: another slice would only find out that it still is.
+    return SLICE_IDLE if got == 0 and not split_listen(q.ring) else SLICE_MORE
 
 
 cdef void queue_cut(queue_t *q) noexcept nogil:

@@ -2,16 +2,21 @@
 
 The three calls that give memory back go through pointers, so that balloon.testing.faults can stand in for
 the kernel. Functions for drains return 0 or an errno and need no GIL; those for Python raise OSError.
+
+Vectored advice names this process: by PIDFD_SELF (Linux 6.15), else by a pidfd of its own (6.13), which the
+child of a fork must not use. Linux before 6.13 refuses both.
 """
 
 cimport cython
-from libc.errno cimport ENOMEM, errno
+from libc.errno cimport ENOMEM, EOPNOTSUPP, EPERM, errno
 from libc.stdint cimport uint64_t, uintptr_t
 
+import errno as errors
 import os
 
 cdef extern from "<sys/types.h>" nogil:
     ctypedef long off_t
+    ctypedef int pid_t
 
 cdef extern from "<sys/mman.h>" nogil:
     int c_madvise "madvise"(void *address, size_t length, int advice)
@@ -33,6 +38,8 @@ cdef extern from "<fcntl.h>" nogil:
     int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 cdef extern from "<unistd.h>" nogil:
+    int c_close "close"(int fd)
+    pid_t getpid()
     long sysconf(int name)
     int _SC_PAGESIZE
 
@@ -44,11 +51,22 @@ cdef extern from *:
     #ifndef SYS_process_madvise
     #define SYS_process_madvise 440
     #endif
-    /* PIDFD_SELF_THREAD_GROUP of Linux 6.15: "this process", without a file descriptor. */
+    #ifndef SYS_pidfd_open
+    #define SYS_pidfd_open 434
+    #endif
+    #if defined(__clang__)
+    #define BALLOON_COMPILER __VERSION__
+    #else
+    #define BALLOON_COMPILER "GCC " __VERSION__
+    #endif
+    static int balloon_pidfd_open(pid_t pid) { return (int)syscall(SYS_pidfd_open, pid, 0U); }
     static ssize_t balloon_process_madvise(int pidfd, const struct iovec *v, size_t n, int advice) {
         return syscall(SYS_process_madvise, pidfd, v, n, advice, 0U);
     }
     """
+    const char *BALLOON_COMPILER
+    long CYTHON_HEX_VERSION
+    int balloon_pidfd_open(pid_t pid) nogil
     ssize_t balloon_process_madvise(int pidfd, const iovec *vectors, size_t count, int advice) nogil
 
 ctypedef int (*madvise_t)(void *, size_t, int) noexcept nogil
@@ -59,11 +77,14 @@ cdef madvise_t call_madvise = <madvise_t>c_madvise
 cdef fallocate_t call_fallocate = <fallocate_t>c_fallocate
 cdef process_madvise_t call_process_madvise = <process_madvise_t>balloon_process_madvise
 
-cdef int PIDFD_SELF = -10001   # PIDFD_SELF_THREAD_GROUP
-cdef int probed = -1           # -1: not probed yet; 0: no; 1: yes
-
 cdef enum:
     HUGETLBFS_MAGIC = 0x958458f6
+    PIDFD_SELF = -10001        # PIDFD_SELF_THREAD_GROUP: "this process", without a file descriptor
+    UNKNOWN = -1
+
+cdef int self_fd = PIDFD_SELF  # how this process is named; a pidfd is open until the process ends
+cdef pid_t self_pid = 0        # whom a pidfd names
+cdef int refusal = UNKNOWN     # 0: the kernel takes vectored advice; else the errno that says why not
 
 
 cdef int kernel_advise(uint64_t address, uint64_t length, int advice) noexcept nogil:
@@ -80,25 +101,78 @@ cdef int kernel_punch(int fd, uint64_t offset, uint64_t length) noexcept nogil:
 
 cdef ssize_t kernel_advise_many(const iovec *vectors, size_t count, int advice) noexcept nogil:
     """process_madvise(2) on this process: how many bytes it got to, or the errno as a negative number."""
-    cdef ssize_t done = call_process_madvise(PIDFD_SELF, vectors, count, advice)
+    cdef ssize_t done
+    if self_fd != PIDFD_SELF and getpid() != self_pid:  # forked: it would be the parent's memory
+        return -EPERM
+    done = call_process_madvise(self_fd, vectors, count, advice)
     return done if done >= 0 else -<ssize_t>errno
 
 
-cdef bint kernel_vectored() noexcept nogil:
+cdef int probe(int fd) noexcept nogil:
     """Does process_madvise(2) discard our own memory? A page of ours tells; an empty vector would not."""
-    global probed
     cdef iovec vector
-    cdef char *page
-    if probed < 0:
-        page = <char *>c_mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        if page == <char *>MAP_FAILED:
-            return False
-        page[0] = 1
-        vector.iov_base = page
-        vector.iov_len = 4096
-        probed = balloon_process_madvise(PIDFD_SELF, &vector, 1, MADV_DONTNEED) == 4096 and page[0] == 0
-        c_munmap(page, 4096)
-    return probed == 1
+    cdef ssize_t done
+    cdef int error = 0
+    cdef char *page = <char *>c_mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if page == <char *>MAP_FAILED:
+        return errno
+    page[0] = 1
+    vector.iov_base = page
+    vector.iov_len = 4096
+    done = call_process_madvise(fd, &vector, 1, MADV_DONTNEED)
+    if done < 0:
+        error = errno
+    elif done != 4096 or page[0]:
+        error = EOPNOTSUPP  # a kernel that says yes and does something else
+    c_munmap(page, 4096)
+    return error
+
+
+cdef bint kernel_vectored() noexcept nogil:
+    """Does the kernel take vectored advice on this process? Asked once; again after a fork, with a pidfd."""
+    global refusal, self_fd, self_pid
+    if refusal == UNKNOWN or (self_fd != PIDFD_SELF and getpid() != self_pid):
+        forget_self()
+        refusal = probe(PIDFD_SELF)
+        if refusal:
+            self_pid = getpid()
+            self_fd = balloon_pidfd_open(self_pid)  # with O_CLOEXEC
+            if self_fd < 0:
+                self_fd = PIDFD_SELF
+            else:
+                refusal = probe(self_fd)
+                if refusal:
+                    forget_self()
+    return refusal == 0
+
+
+cdef void forget_self() noexcept nogil:
+    """Close the pidfd; that of a parent is closed in this process alone."""
+    global self_fd
+    if self_fd != PIDFD_SELF:
+        c_close(self_fd)
+    self_fd = PIDFD_SELF
+
+
+def kernel_path():
+    """How private memory is given back in many ranges, and why not in one call where it is not."""
+    if not kernel_vectored():
+        name = errors.errorcode.get(refusal, refusal)
+        return f"madvise: process_madvise refused this process's own memory ({name})"
+    return f"process_madvise ({'PIDFD_SELF' if self_fd == PIDFD_SELF else 'pidfd'})"
+
+
+def built_with():
+    """The Cython version and the C compiler that made the native core."""
+    cdef long number = CYTHON_HEX_VERSION
+    return f"{number >> 24}.{number >> 16 & 255}.{number >> 8 & 255}", BALLOON_COMPILER.decode()
+
+
+def _probe_again():
+    """Ask the kernel anew, for tests."""
+    global refusal
+    forget_self()
+    refusal = UNKNOWN
 
 
 cdef int kernel_resident(uint64_t address, uint64_t size, uint64_t *resident) noexcept nogil:

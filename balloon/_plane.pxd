@@ -2,7 +2,6 @@ from balloon._fill cimport device_t
 from balloon._memory cimport GuestMap
 from balloon._parts cimport PartsTable
 from balloon._pthread cimport pthread_mutex_t
-from balloon._reclaim cimport Reclaimer
 
 cdef class DataPlane:
     cdef pthread_mutex_t lock   # held for each slice of a drain, by whoever serves
@@ -11,7 +10,6 @@ cdef class DataPlane:
     cdef device_t device
     cdef PartsTable parts       # which 4 KiB of larger pages are in the balloon
     cdef GuestMap parts_of
-    cdef Reclaimer reclaimer
     cdef readonly dict queues   # those that run, by index
     cdef public object worker   # the owner of all of them, or None
     cdef object __weakref__

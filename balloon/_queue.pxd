@@ -1,6 +1,7 @@
 from balloon._fill cimport queue_t
 from balloon._memory cimport GuestMap
 from balloon._plane cimport DataPlane
+from balloon._reactor cimport slot_t
 from balloon._ring cimport SplitRing
 
 cdef name_news(int news)
@@ -17,3 +18,11 @@ cdef class DataQueue:
     cdef int check_running(self) except -1
     cdef int check_owner(self) except -1
     cdef void stop_with(self, int fault) noexcept
+
+cdef class _Attachment:
+    cdef slot_t slot
+    cdef DataQueue queue
+    cdef int kick_fd            # the caller's; the slot has a duplicate
+    cdef int token
+    cdef bint done
+    cdef set_call(self, int fd)

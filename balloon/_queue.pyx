@@ -17,10 +17,16 @@ from balloon._fill cimport (
 )
 from balloon._memory cimport GuestMap, check_process
 from balloon._plane cimport DataPlane
-from balloon._pthread cimport pthread_mutex_lock
+from balloon._pthread cimport (
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+)
+from balloon._reactor cimport call
 from balloon._reclaim cimport Reclaimer, range_t, reclaim_t
 from balloon._ring cimport SplitRing
 from balloon._spec cimport NOTIFY_SLICES, ROLE_STATS
+
+import os
+import stat
 
 from balloon._plane import check_outside_hook
 from balloon.errors import RingError, StateError
@@ -35,6 +41,7 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 
+_idle = []  # reclaimers of `serve()`: as many as threads were in it at once, and not one for each device
 OUTCOMES = ("idle", "more", "fault", "wait")  # SLICE_*
 NEWS = (
     (NEWS_REFUSED, "refused"), (NEWS_FAULT, "fault"), (NEWS_STATS, "stats"), (NEWS_HINTS, "hints"),
@@ -174,15 +181,16 @@ cdef class DataQueue:
         cdef int status = SLICE_MORE
         cdef int slices = 0
         cdef reclaim_t *r
+        cdef Reclaimer reclaimer
         self.check_running()
         check_outside_hook()
-        if self.plane.reclaimer is None:
-            self.plane.reclaimer = Reclaimer()
-        r = &self.plane.reclaimer.state
+        reclaimer = _idle.pop() if _idle else Reclaimer()
+        r = &reclaimer.state
         with nogil:
             pthread_mutex_lock(&self.plane.lock)
         if self.stopped or self.plane.worker is not None:  # perhaps while this thread waited
             self.plane.release()
+            _idle.append(reclaimer)
             self.check_running()
             raise StateError("the queues of this device belong to a worker: detach them first")
         with nogil:
@@ -197,6 +205,7 @@ cdef class DataQueue:
         self.queue.notify = False
         self.queue.news = 0
         self.plane.release()
+        _idle.append(reclaimer)
         return outcome
 
     def ask(self):
@@ -325,3 +334,40 @@ cdef class DataQueue:
             if fault not in (Fault.NONE, Fault.PAYLOAD)
         }
         return counted
+
+
+@cython.final
+cdef class _Attachment:
+    """A queue's slot in its worker, kept while the worker may look at it."""
+
+    def __cinit__(self, DataQueue queue):
+        self.queue = queue
+        self.slot.queue = &queue.queue
+        self.slot.lock = &queue.plane.lock
+        self.slot.waiting = &queue.plane.waiting
+        self.slot.failures = queue.queue.reclaimed.failures
+        self.slot.call_fd = -1
+        self.slot.kick_fd = -1
+        pthread_mutex_init(&self.slot.call_lock, NULL)
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.slot.call_lock)
+
+    cdef set_call(self, int fd):
+        """Swap the call fd, and send the notification that is owed since before there was one."""
+        cdef slot_t *slot = &self.slot
+        cdef bint is_socket = False
+        cdef bint owed
+        if fd >= 0:
+            is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+            if not is_socket:
+                os.set_blocking(fd, False)  # a full pipe or eventfd must not hold the worker
+        with nogil:
+            pthread_mutex_lock(&slot.call_lock)
+            slot.call_fd = fd
+            slot.call_socket = is_socket
+            owed = slot.call_owed and fd >= 0
+            slot.call_owed = slot.call_owed and fd < 0
+            pthread_mutex_unlock(&slot.call_lock)
+            if owed:
+                call(slot)

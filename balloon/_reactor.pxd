@@ -1,8 +1,9 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from balloon._fill cimport queue_t
 from balloon._pthread cimport pthread_mutex_t
 from balloon._reclaim cimport reclaim_t
+from balloon._waiter cimport waiter_t
 
 cdef enum:
     COMMAND_ATTACH = 1
@@ -39,24 +40,27 @@ ctypedef struct worker_t:
     pthread_mutex_t lock        # commands, events
     command_t *commands
     command_t **commands_tail
+    command_t *taken            # what is being carried out: only the worker looks at it
     command_t *done
     command_t **done_tail
     slot_t *news
     int pending                 # atomic: there are commands
-    int epoll_fd
-    int wake_fd
+    bint stopped                # it was told to, or can wait for nothing any more
+    waiter_t waiter
     int event_fd
     bint guarded
+    uint32_t served             # slices in the last round
     slot_t *first               # queues that have work, in turn
     slot_t *last
     slot_t *timed               # queues that wait for their time
     reclaim_t *reclaim
 
 cdef void call(slot_t *slot) noexcept nogil
-cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded) noexcept nogil
+cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded, bint threaded) noexcept nogil
 cdef int reactor_watch(worker_t *w, slot_t *slot) noexcept nogil
 cdef void reactor_close(worker_t *w) noexcept nogil
 cdef void reactor_run(worker_t *w) noexcept nogil
+cdef uint32_t reactor_drain(worker_t *w, uint32_t budget) noexcept nogil
 cdef void reactor_post(worker_t *w, command_t *command) noexcept nogil
 cdef void reactor_collect(worker_t *w, command_t **done, slot_t **news) noexcept nogil
 cdef int reactor_hear(worker_t *w, slot_t *slot) noexcept nogil

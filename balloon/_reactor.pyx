@@ -1,4 +1,6 @@
-"""The loop of a worker: waits on kicks and serves queues from kick to call, without the GIL.
+"""The rounds of a worker: what was kicked is served, from kick to call, without the GIL.
+
+Either a thread does nothing else, or a program that has a loop of its own does them, some slices at a time.
 
 Rules (CONTRACTS 1 to 6, 10, 11, 18):
 
@@ -6,16 +8,18 @@ Rules (CONTRACTS 1 to 6, 10, 11, 18):
   that is being detached ends the slice under way, uses its popped heads and pops nothing more.
 * The worker waits in one epoll set. Kick eventfds are watched edge-triggered and never read, so that kicks
   of a detached queue stay in the eventfd; attaching always drains once.
-* Between two slices the worker looks at its commands, so that no guest delays a detach.
+* Between two slices the worker looks at its commands, so that no guest delays a detach. It waits for no lock
+  of a device: what needs one that somebody else holds is tried again.
 * Commands come in a list under a mutex and an eventfd; what has happened goes back the same way. The worker
   allocates nothing and touches no Python object.
-* The thread blocks all signals but those of its own faults. It ends before the interpreter does.
+* A thread of ours blocks all signals but those of its own faults. It ends before the interpreter does.
+* Whoever serves without a thread waits for the epoll fd: when a round leaves work, that is readable.
 """
 
-from libc.errno cimport EINTR, errno
+from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 
-from balloon._bell cimport ring_bell, send_call
+from balloon._bell cimport open_bell, ring_bell, send_call
 from balloon._drain cimport SLICE_FAULT, SLICE_MORE, SLICE_WAIT, monotonic_ns, queue_cut, queue_slice
 from balloon._fill cimport NEWS_FAULT, NEWS_REFUSED, RELEASE_NONE, queue_t
 from balloon._pthread cimport (
@@ -23,6 +27,9 @@ from balloon._pthread cimport (
 )
 from balloon._reclaim cimport reclaim_clear, reclaim_t
 from balloon._spec cimport FAULT_BUS_ERROR, FAULT_NONE
+from balloon._waiter cimport (
+    WAITER_BATCH, waiter_add, waiter_alarm, waiter_close, waiter_open, waiter_remove, waiter_wait,
+)
 
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
@@ -44,28 +51,12 @@ cdef extern from "<signal.h>" nogil:
     int pthread_sigmask(int how, const sigset_t *mask, sigset_t *old)
     int SIG_SETMASK, SIGBUS, SIGSEGV, SIGFPE, SIGILL, SA_NODEFER
 
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        void *ptr
-    cdef struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int flags)
-    int epoll_ctl(int epfd, int operation, int fd, epoll_event *event)
-    int epoll_wait(int epfd, epoll_event *events, int size, int timeout)
-    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CLOEXEC
-    uint32_t EPOLLIN, EPOLLET
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    int eventfd(unsigned int value, int flags)
-    int EFD_CLOEXEC, EFD_NONBLOCK
-
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_read "read"(int fd, void *data, size_t size)
     int c_close "close"(int fd)
 
 cdef enum:
-    EPOLL_BATCH = 64
+    MILLISECOND = 1000000       # soon enough for what somebody else holds
 
 
 cdef void call(slot_t *slot) noexcept nogil:
@@ -120,14 +111,14 @@ cdef void wait_for_time(worker_t *w, slot_t *slot) noexcept nogil:
         w.timed = slot
 
 
-cdef int ripen(worker_t *w) noexcept nogil:
-    """Make ready those whose time has come; returns for how many ms the others need no look, or -1."""
+cdef uint64_t ripen(worker_t *w) noexcept nogil:
+    """Make ready those whose time has come; returns when the next one's will have, or 0."""
     cdef slot_t **link = &w.timed
     cdef slot_t *slot
     cdef uint64_t now
     cdef uint64_t soonest = <uint64_t>-1
     if w.timed == NULL:
-        return -1
+        return 0
     now = monotonic_ns()
     while link[0] != NULL:
         slot = link[0]
@@ -139,9 +130,7 @@ cdef int ripen(worker_t *w) noexcept nogil:
             if slot.queue.due_ns < soonest:
                 soonest = slot.queue.due_ns
             link = &slot.next_timed
-    if soonest == <uint64_t>-1:
-        return -1
-    return <int>((soonest - now) / 1000000 + 1) if soonest - now < 3600000000000ULL else 3600000
+    return soonest if w.timed != NULL else 0
 
 
 cdef void forget_timed(worker_t *w, slot_t *slot) noexcept nogil:
@@ -199,46 +188,46 @@ cdef void tell(worker_t *w, slot_t *slot, int news) noexcept nogil:
     ring_bell(w.event_fd)
 
 
-cdef bint obey(worker_t *w) noexcept nogil:
-    """Carry out the commands that have come; false when the worker has to end."""
+cdef void obey(worker_t *w) noexcept nogil:
+    """Carry out the commands that have come, up to one for which a device's lock would have to be waited."""
     cdef command_t *command
     cdef slot_t *slot
-    cdef epoll_event event
-    cdef bint going = True
-    pthread_mutex_lock(&w.lock)
-    flag_store(&w.pending, 0)
-    command = w.commands
-    w.commands = NULL
-    w.commands_tail = &w.commands
-    pthread_mutex_unlock(&w.lock)
-    while command != NULL:
+    if w.taken == NULL:
+        pthread_mutex_lock(&w.lock)
+        flag_store(&w.pending, 0)
+        w.taken = w.commands
+        w.commands = NULL
+        w.commands_tail = &w.commands
+        pthread_mutex_unlock(&w.lock)
+    while w.taken != NULL:
+        command = w.taken
         slot = command.slot
         if command.kind == COMMAND_STOP:
-            going = False
+            w.stopped = True
         elif command.kind != COMMAND_DETACH:  # attached, or to be looked at
             make_ready(w, slot)
+        elif pthread_mutex_trylock(slot.lock) != 0:
+            return
         else:
-            if slot.kick_fd >= 0:
-                epoll_ctl(w.epoll_fd, EPOLL_CTL_DEL, slot.kick_fd, &event)
-            forget_ready(w, slot)
-            forget_timed(w, slot)
-            pthread_mutex_lock(slot.lock)
             if slot.queue.fault == FAULT_NONE:
                 if w.guarded:
                     balloon_guarded(cut_of, slot.queue, NULL, -1)
                 else:
                     queue_cut(slot.queue)
             pthread_mutex_unlock(slot.lock)
+            if slot.kick_fd >= 0:
+                waiter_remove(&w.waiter, slot.kick_fd)
+            forget_ready(w, slot)
+            forget_timed(w, slot)
             if slot.queue.notify:
                 call(slot)
+        w.taken = command.next
         pthread_mutex_lock(&w.lock)
+        command.next = NULL
         w.done_tail[0] = command
         w.done_tail = &command.next
-        command = command.next
-        w.done_tail[0] = NULL
         pthread_mutex_unlock(&w.lock)
         ring_bell(w.event_fd)
-    return going
 
 
 cdef int cut_of(void *queue, void *unused) noexcept nogil:
@@ -248,21 +237,63 @@ cdef int cut_of(void *queue, void *unused) noexcept nogil:
 
 cdef int reactor_watch(worker_t *w, slot_t *slot) noexcept nogil:
     """Watch a queue's kick fd; an errno if that cannot be. Called by whoever attaches, under the lock."""
-    cdef epoll_event event
-    event.events = EPOLLIN | EPOLLET
-    event.data.ptr = slot
-    if slot.kick_fd >= 0 and epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, slot.kick_fd, &event) != 0:
-        return errno
-    return 0
+    return waiter_add(&w.waiter, slot.kick_fd, slot) if slot.kick_fd >= 0 else 0
+
+
+cdef int pause_of(const worker_t *w, uint64_t due) noexcept nogil:
+    """For how many ms a thread has nothing to do, or -1: until something comes."""
+    cdef uint64_t now
+    if w.first != NULL and w.served:
+        return 0
+    if w.first != NULL or w.taken != NULL:  # somebody else holds what has to be had
+        return 1
+    if due == 0:
+        return -1
+    now = monotonic_ns()
+    if due <= now:
+        return 0
+    return <int>((due - now) / MILLISECOND + 1) if due - now < 3600000000000ULL else 3600000
+
+
+cdef void take_turns(worker_t *w, bint may_wait, uint32_t budget) noexcept nogil:
+    """One round: each queue that has work gets one slice, and commands are looked at before each."""
+    cdef void *kicked[WAITER_BATCH]
+    cdef int number
+    cdef slot_t *slot
+    cdef slot_t *last
+    cdef uint64_t due = ripen(w)
+    cdef int got = waiter_wait(&w.waiter, kicked, pause_of(w, due) if may_wait else 0)
+    if got < 0:
+        w.stopped = True
+    for number in range(got):
+        slot = <slot_t *>kicked[number]
+        slot.queue.counters.kicks += 1
+        make_ready(w, slot)
+    last = w.last
+    w.served = 0
+    while not w.stopped:
+        if w.taken != NULL or flag_load(&w.pending):
+            obey(w)
+            last = w.last  # the list may have lost the one that was last
+        slot = w.first
+        if slot == NULL or w.served == budget or w.stopped:
+            return
+        w.first = slot.next_ready
+        if w.first == NULL:
+            w.last = NULL
+        slot.ready = False
+        if not flag_load(&slot.stopping):
+            if flag_load(slot.waiting) or pthread_mutex_trylock(slot.lock) != 0:
+                make_ready(w, slot)
+            else:
+                serve_slice(w, slot)
+                w.served += 1
+        if slot == last:
+            return
 
 
 cdef void reactor_run(worker_t *w) noexcept nogil:
-    cdef epoll_event events[EPOLL_BATCH]
-    cdef bint served = True
-    cdef int got, number, pause
-    cdef slot_t *slot
-    cdef slot_t *last
-    cdef uint64_t drop
+    """Serve until the worker is told to stop: what its thread does."""
     cdef sigset_t mask
     sigfillset(&mask)
     sigdelset(&mask, SIGBUS)  # blocked, a fault of our own would end the process
@@ -270,66 +301,49 @@ cdef void reactor_run(worker_t *w) noexcept nogil:
     sigdelset(&mask, SIGFPE)
     sigdelset(&mask, SIGILL)
     pthread_sigmask(SIG_SETMASK, &mask, NULL)
-    while True:
-        # Where all that is ready is held by somebody else, a millisecond is soon enough.
-        pause = ripen(w)
-        if w.first != NULL:
-            pause = 0 if served else 1
-        got = epoll_wait(w.epoll_fd, events, EPOLL_BATCH, pause)
-        if got < 0 and errno != EINTR:
-            return
-        for number in range(got):
-            slot = <slot_t *>events[number].data.ptr
-            if slot == NULL:
-                c_read(w.wake_fd, &drop, 8)
-            else:
-                slot.queue.counters.kicks += 1
-                make_ready(w, slot)
-        # One round: each queue that has work gets one slice, and commands are looked at before each.
-        last = w.last
-        served = False
-        while True:
-            if flag_load(&w.pending):
-                if not obey(w):
-                    return
-                last = w.last  # the list may have lost the one that was last
-            slot = w.first
-            if slot == NULL:
-                break
-            w.first = slot.next_ready
-            if w.first == NULL:
-                w.last = NULL
-            slot.ready = False
-            if not flag_load(&slot.stopping):
-                if flag_load(slot.waiting) or pthread_mutex_trylock(slot.lock) != 0:
-                    make_ready(w, slot)
-                else:
-                    serve_slice(w, slot)
-                    served = True
-            if slot == last:
-                break
+    while not w.stopped:
+        take_turns(w, True, <uint32_t>-1)
 
 
-cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded) noexcept nogil:
+cdef uint32_t reactor_drain(worker_t *w, uint32_t budget) noexcept nogil:
+    """Serve up to `budget` slices of what is there, and never wait; returns how many it were.
+
+    What is left makes the epoll fd readable: now, or when its time comes.
+    """
+    cdef uint32_t left = budget
+    cdef uint64_t due, soon
+    while not w.stopped:
+        take_turns(w, False, left)
+        left -= w.served
+        if w.first == NULL or w.served == 0 or left == 0:
+            break
+    if w.stopped:
+        return budget - left
+    due = 0
+    if w.taken != NULL or (w.first != NULL and left):  # held by somebody else
+        due = monotonic_ns() + MILLISECOND
+    elif w.first != NULL:
+        ring_bell(w.waiter.wake_fd)
+    soon = ripen(w)
+    waiter_alarm(&w.waiter, soon if soon and (soon < due or due == 0) else due)
+    return budget - left
+
+
+cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded, bint threaded) noexcept nogil:
     """Make the fds of a worker, and the handler for SIGBUS if it is wanted; an errno if that fails."""
-    cdef epoll_event event
     cdef sigaction_t action
+    cdef int error
     w.reclaim = reclaim
     w.guarded = guarded
     w.commands_tail = &w.commands
     w.done_tail = &w.done
+    w.event_fd = -1
     pthread_mutex_init(&w.lock, NULL)
-    w.wake_fd = w.event_fd = -1
-    w.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
-    if w.epoll_fd >= 0:
-        w.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    if w.wake_fd >= 0:
-        w.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    error = waiter_open(&w.waiter, not threaded)
+    if error:
+        return error
+    w.event_fd = open_bell()
     if w.event_fd < 0:
-        return errno
-    event.events = EPOLLIN
-    event.data.ptr = NULL
-    if epoll_ctl(w.epoll_fd, EPOLL_CTL_ADD, w.wake_fd, &event) != 0:
         return errno
     if guarded:
         action.sa_handler = balloon_on_sigbus
@@ -341,14 +355,11 @@ cdef int reactor_open(worker_t *w, reclaim_t *reclaim, bint guarded) noexcept no
 
 
 cdef void reactor_close(worker_t *w) noexcept nogil:
-    """Close the fds of a worker whose thread has ended, or never began."""
-    if w.epoll_fd >= 0:
-        c_close(w.epoll_fd)
-    if w.wake_fd >= 0:
-        c_close(w.wake_fd)
+    """Close the fds of a worker that has ended, or never began."""
+    waiter_close(&w.waiter)
     if w.event_fd >= 0:
         c_close(w.event_fd)
-    w.epoll_fd = w.wake_fd = w.event_fd = -1
+    w.event_fd = -1
 
 
 cdef void reactor_post(worker_t *w, command_t *command) noexcept nogil:
@@ -358,7 +369,7 @@ cdef void reactor_post(worker_t *w, command_t *command) noexcept nogil:
     w.commands_tail = &command.next
     flag_store(&w.pending, 1)
     pthread_mutex_unlock(&w.lock)
-    ring_bell(w.wake_fd)
+    ring_bell(w.waiter.wake_fd)
 
 
 cdef void reactor_collect(worker_t *w, command_t **done, slot_t **news) noexcept nogil:

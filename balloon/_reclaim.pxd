@@ -18,6 +18,7 @@ ctypedef struct reclaim_counters_t:
     uint64_t split_blocks    # huge pages that were asked to be split before a part of them was discarded
     uint64_t failures
     uint64_t system_calls
+    uint64_t vectored_calls  # of these, one call for many runs
 
 ctypedef struct reclaim_t:
     range_t *ranges

@@ -157,6 +157,7 @@ cdef void discard_vector(reclaim_t *r, range_t *pieces, uint32_t count,
             first += 1
             continue
         counters.system_calls += 1
+        counters.vectored_calls += 1
         done = kernel_advise_many(vectors + first, count - first, MADV_DONTNEED)
         if done < 0:
             if (done == -EINTR or done == -EAGAIN) and tries < RECLAIM_RETRIES:

@@ -1,28 +1,26 @@
-"""One native thread that serves any number of queues, from kick to call, without the GIL.
+"""A worker serves any number of queues, from kick to call, without the GIL: in a thread, or in `drain()`.
 
 The Python face of `_reactor`: who owns which queue, and what has happened (CONTRACTS 1 to 6, 10, 11, 18).
-The thread ends before the interpreter does, and importing starts none.
+A worker ends before the interpreter does, and importing starts none.
 """
 
 cimport cython
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 from balloon._bell cimport ring_bell
 from balloon._memory cimport check_process, process_generation
-from balloon._pthread cimport (
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
-)
-from balloon._queue cimport DataQueue, name_news
+from balloon._pthread cimport pthread_mutex_destroy
+from balloon._queue cimport DataQueue, _Attachment, name_news
 from balloon._reactor cimport (
-    COMMAND_ATTACH, COMMAND_DETACH, COMMAND_POKE, COMMAND_STOP, call, command_t, reactor_close,
-    reactor_collect, reactor_hear, reactor_open, reactor_post, reactor_run, reactor_watch, slot_t, worker_t,
+    COMMAND_ATTACH, COMMAND_DETACH, COMMAND_POKE, COMMAND_STOP, command_t, reactor_close,
+    reactor_collect, reactor_drain, reactor_hear, reactor_open, reactor_post, reactor_run, reactor_watch,
+    slot_t, worker_t,
 )
 from balloon._reclaim cimport Reclaimer
 
 import atexit
 import os
-import stat
 import threading
 import time
 
@@ -33,49 +31,7 @@ cdef extern from "_atomics.h" nogil:
     void flag_store(int *p, int v)
 
 
-cdef class _Attachment:
-    """A queue's slot in its worker, kept while the worker may look at it."""
-
-    cdef slot_t slot
-    cdef DataQueue queue
-    cdef int kick_fd            # the caller's; the slot has a duplicate
-    cdef int token
-    cdef bint done
-
-    def __cinit__(self, DataQueue queue):
-        self.queue = queue
-        self.slot.queue = &queue.queue
-        self.slot.lock = &queue.plane.lock
-        self.slot.waiting = &queue.plane.waiting
-        self.slot.failures = queue.queue.reclaimed.failures
-        self.slot.call_fd = -1
-        self.slot.kick_fd = -1
-        pthread_mutex_init(&self.slot.call_lock, NULL)
-
-    def __dealloc__(self):
-        pthread_mutex_destroy(&self.slot.call_lock)
-
-    cdef set_call(self, int fd):
-        """Swap the call fd, and send the notification that is owed since before there was one."""
-        cdef slot_t *slot = &self.slot
-        cdef bint is_socket = False
-        cdef bint owed
-        if fd >= 0:
-            is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-            if not is_socket:
-                os.set_blocking(fd, False)  # a full pipe or eventfd must not hold the worker
-        with nogil:
-            pthread_mutex_lock(&slot.call_lock)
-            slot.call_fd = fd
-            slot.call_socket = is_socket
-            owed = slot.call_owed and fd >= 0
-            slot.call_owed = slot.call_owed and fd < 0
-            pthread_mutex_unlock(&slot.call_lock)
-            if owed:
-                call(slot)
-
-
-_alive = set()  # a worker is kept while its thread runs
+_alive = set()  # a worker is kept until it is closed
 
 
 def _close_all():
@@ -91,7 +47,14 @@ atexit.register(_close_all)
 
 @cython.final
 cdef class Worker:
-    """A thread that serves queues until it is closed.
+    """Serves queues until it is closed: in a thread of its own, or with `threaded=False` in `drain()`.
+
+    `drain()` goes the same native way without the GIL, in the thread that calls it. A program with a loop of
+    its own has one reader for all queues: it waits for `fileno()`, and calls `drain()` and `take_events()`.
+
+    One worker serves any number of devices. Several in one process only help where memory is anonymous and
+    comes back in large batches: threads that punch holes into files get in each other's way in the kernel,
+    and are slower together than one. There, several processes do better than several workers.
 
     With `survive_sigbus` a handler for SIGBUS is installed for the whole process: only a program that owns
     its process asks for it. A queue whose memory is truncated under it is then parked with
@@ -107,28 +70,31 @@ cdef class Worker:
     cdef int generation
     cdef int tokens
     cdef bint closing
+    cdef bint closed
+    cdef bint draining          # a thread is in reactor_drain()
     cdef list events
     cdef object collecting      # one thread at a time turns news into events
     cdef object ending          # one thread at a time closes
 
-    def __cinit__(self, *, bint survive_sigbus=False):
+    def __cinit__(self, *, bint threaded=True, bint survive_sigbus=False):
         self.generation = process_generation()
         self.attachments = {}
         self.events = []
         self.collecting = threading.Lock()
         self.ending = threading.Lock()
         self.reclaimer = Reclaimer()
-        cdef int error = reactor_open(&self.worker, &self.reclaimer.state, survive_sigbus)
+        cdef int error = reactor_open(&self.worker, &self.reclaimer.state, survive_sigbus, threaded)
         if error:
             reactor_close(&self.worker)
             raise OSError(error, os.strerror(error))
-        thread = threading.Thread(target=_run, args=(self,), name="balloon-worker", daemon=True)
-        try:
-            thread.start()
-        except BaseException:
-            reactor_close(&self.worker)
-            raise
-        self.thread = thread
+        if threaded:
+            thread = threading.Thread(target=_run, args=(self,), name="balloon-worker", daemon=True)
+            try:
+                thread.start()
+            except BaseException:
+                reactor_close(&self.worker)
+                raise
+            self.thread = thread
         _alive.add(self)
 
     def __dealloc__(self):
@@ -142,7 +108,7 @@ cdef class Worker:
 
     cdef int check(self) except -1:
         check_process(self.generation)
-        if self.thread is None:
+        if self.closed:
             raise StateError("this worker is closed")
         return 0
 
@@ -159,6 +125,58 @@ cdef class Worker:
     def event_fd(self):
         """An eventfd that is readable when `take_events()` has something."""
         return self.worker.event_fd
+
+    @property
+    def waits(self):
+        """How often it has waited for kicks, or looked for them: a system call each time."""
+        return self.worker.waiter.waits
+
+    def fileno(self):
+        """The fd that is readable when there is something for `drain()`, or an event that waits.
+
+        :raise StateError: this worker has a thread, which does it.
+        """
+        self.check()
+        if self.thread is not None:
+            raise StateError("this worker has a thread, which serves its queues: see Worker(threaded=False)")
+        return self.worker.waiter.epoll_fd
+
+    def drain(self, int budget=64):
+        """Serve up to `budget` slices of what was kicked, without the GIL; returns how many it were.
+
+        Carries out what was asked for meanwhile, and never waits. Where it leaves work, `fileno()` stays
+        readable, or becomes so when a queue that has to wait may go on. A budget of 0 serves no queue.
+
+        :raise StateError: another thread is in it, this worker has a thread, or this is inside a
+            before-release hook.
+        :raise ConfigError: the budget is negative.
+        """
+        cdef uint32_t served
+        self.fileno()
+        check_outside_hook()
+        if budget < 0:
+            raise ConfigError(f"a budget of {budget} slices")
+        if self.draining:
+            raise StateError("another thread is in drain()")
+        self.draining = True
+        with nogil:
+            served = reactor_drain(&self.worker, <uint32_t>budget)
+        self.draining = False
+        return served
+
+    cdef bint has_ended(self) except -1:
+        if self.thread is not None:
+            return not self.thread.is_alive()
+        return self.worker.stopped and not self.draining
+
+    cdef int go_on(self) except -1:
+        """Where there is no thread to do it, carry out commands here, unless another one is in `drain()`."""
+        if self.thread is None and not self.draining:
+            self.draining = True
+            with nogil:
+                reactor_drain(&self.worker, 0)
+            self.draining = False
+        return 0
 
     def attach(self, DataQueue queue not None, int kick_fd, int call_fd=-1, double timeout=10.0):
         """Own `queue` from now on: drain it once, then at every kick.
@@ -220,7 +238,7 @@ cdef class Worker:
     def poke(self, DataQueue queue not None):
         """Look at a queue as if it had been kicked; nothing if it is not attached here, or on its way out."""
         cdef _Attachment attachment
-        if queue.worker is not None and self.thread is not None:
+        if queue.worker is not None and not self.closed:
             attachment = self.attachment_of(queue)
             if not attachment.token:  # its slot may be gone before a command that comes after the detach
                 self.post(COMMAND_POKE, attachment)
@@ -262,6 +280,7 @@ cdef class Worker:
         until = time.monotonic() + timeout
         try:
             while True:
+                self.go_on()
                 self.collect()
                 if attachment.done:
                     with self.collecting:
@@ -274,6 +293,8 @@ cdef class Worker:
         finally:
             if self.events:
                 ring_bell(self.worker.event_fd)
+                if self.thread is None:
+                    ring_bell(self.worker.waiter.wake_fd)
 
     cdef int collect(self) except -1:
         """Turn what the worker has left into events. No Python runs under the worker's lock."""
@@ -330,27 +351,33 @@ cdef class Worker:
         return events
 
     def close(self, double timeout=10.0):
-        """End the thread; every queue is detached. A second call does nothing.
+        """Detach every queue, and end. A second call does nothing.
 
-        :raise StateError: a drain did not end in time; the thread goes on, and nothing more is attached. Or
-            this is inside a before-release hook.
+        :raise StateError: a drain did not end in time; it goes on, and nothing more is attached. Or this is
+            inside a before-release hook.
         """
         if self.generation != process_generation():
             return
         check_outside_hook()
         with self.ending:
-            if self.thread is None:
+            if self.closed:
                 return
             if not self.closing:
                 self.closing = True
                 for attachment in list(self.attachments.values()):
                     self.let_go(attachment)
                 self.post(COMMAND_STOP, None)
-            self.thread.join(timeout)
-            if self.thread.is_alive():
-                raise StateError(f"a drain did not end within {timeout:g} seconds; the worker goes on")
+            until = time.monotonic() + timeout
+            if self.thread is not None:
+                self.thread.join(timeout)
+            self.go_on()
+            while not self.has_ended():
+                if time.monotonic() > until:
+                    raise StateError(f"a drain did not end within {timeout:g} seconds; the worker goes on")
+                time.sleep(0.0002)
+                self.go_on()
+            self.closed = True
             self.collect()
-            self.thread = None
             _alive.discard(self)
             reactor_close(&self.worker)
 

@@ -8,14 +8,18 @@ import contextlib
 import json
 import logging
 import math
+import mmap
+import platform
 import re
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import balloon
+from balloon._kernel import built_with, kernel_path
 from balloon.demo import MIB, Moment, Story, run_driver_story, run_uml_story
 from balloon.device import Balloon
 from balloon.errors import BalloonError
@@ -47,8 +51,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="balloon", description="The host side of the virtio memory balloon."
     )
-    parser.add_argument("--version", action="version", version=f"balloon {balloon.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument(
+        "--verbose", action="store_true", help="with --version: the host too, and how memory is given back"
+    )
+    commands = parser.add_subparsers(dest="command")
 
     demo = commands.add_parser("demo", help="show that a guest's free memory leaves the host")
     demo.add_argument(
@@ -103,6 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     parser = make_parser()
     options = parser.parse_args(arguments)
+    if options.version:
+        print(f"balloon {balloon.__version__}")
+        for name, value in describe_host() if options.verbose else ():
+            print(f"  {name:<20} {value}")
+        return 0
+    if options.command is None:
+        parser.error("the following arguments are required: command")
     try:
         if options.command == "demo":
             return demo(options)
@@ -119,6 +133,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def describe_host() -> list[tuple[str, str]]:
+    """What the core was built with, what it runs on, and which system calls give memory back."""
+
+    def setting(path: str, pattern: str) -> str:
+        try:
+            found = re.search(pattern, Path(path).read_text(encoding="ascii"))
+        except OSError as error:
+            return error.strerror or "unknown"
+        return found[1] if found else "unknown"
+
+    thp = "/sys/kernel/mm/transparent_hugepage"
+    cython, compiler = built_with()
+    anonymous = kernel_path()
+    if anonymous.startswith("process_madvise"):
+        anonymous += "; one call for all ranges of a slice, madvise for a single range"
+    else:
+        anonymous += "; one call for each merged range"
+    return [
+        ("Python", platform.python_version()),
+        ("native core", f"Cython {cython}, {compiler}"),
+        ("kernel", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ("page size", f"{mmap.PAGESIZE} bytes"),
+        ("THP", setting(f"{thp}/enabled", r"\[(\w+)\]")),
+        ("THP of shared memory", setting(f"{thp}/shmem_enabled", r"\[(\w+)\]")),
+        ("huge page size", setting("/proc/meminfo", r"Hugepagesize:\s*(\d+ kB)")),
+        ("anonymous memory", anonymous),
+        ("shared anonymous", "madvise (MADV_REMOVE); one call for each merged range"),
+        ("memfd, other fds", "fallocate (punch a hole); one call for each merged range"),
+        ("hugetlb", "the same as without it, in whole huge pages only"),
+    ]
 
 
 def serve(options: argparse.Namespace) -> int:

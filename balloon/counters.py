@@ -25,8 +25,8 @@ class Counters:
     `inhibited_bytes` while discards were inhibited, `clipped_bytes` because it was no whole page of the
     backing, `skipped_bytes` in memory of which nothing can be freed, `outside_bytes` because it is no guest
     memory, `stale_hint_bytes` under an old command id; `failed_bytes` was refused by the kernel. `faults`
-    counts what the guest got wrong, by kind, and `split_blocks` the huge pages
-    that the kernel was asked to split first.
+    counts what the guest got wrong, by kind, and `split_blocks` the huge pages that the kernel was asked to
+    split first. Of all `system_calls` that gave memory back, `vectored_calls` were for many ranges at once.
     """
 
     kicks: int = 0
@@ -34,6 +34,7 @@ class Counters:
     descriptors: int = 0
     ranges: int = 0
     system_calls: int = 0
+    vectored_calls: int = 0
     split_blocks: int = 0
     reported_bytes: int = 0
     hinted_bytes: int = 0

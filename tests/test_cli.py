@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -14,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+import balloon
 from balloon import cli, demo
+from balloon._kernel import kernel_path
 from balloon.spec import Feature
 from balloon.testing.frontend import FrontEnd
 from balloon.testing.habits import Statistics
@@ -42,6 +46,52 @@ def test_sizes(text: str, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
         cli.parse_size(text)
+
+
+def test_the_version_alone_is_one_line() -> None:
+    for arguments in (("--version",), ("--version", "serve", "--fd=99")):
+        done = run(*arguments)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"balloon {balloon.__version__}\n"
+
+
+@pytest.mark.parametrize("order", [("--version", "--verbose"), ("--verbose", "--version")])
+def test_the_version_and_how_memory_is_given_back(order: tuple[str, str]) -> None:
+    done = run(*order)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *rest = done.stdout.splitlines()
+    assert first == f"balloon {balloon.__version__}"
+    told = {line[:22].strip(): line[22:].strip() for line in rest}
+    assert told["Python"] == platform.python_version()
+    assert os.uname().release in told["kernel"]
+    assert told["page size"] == f"{mmap.PAGESIZE} bytes"
+    assert told["anonymous memory"].startswith(kernel_path())
+    assert "fallocate" in told["memfd, other fds"]
+    assert "whole huge pages" in told["hugetlb"]
+    assert all(told.values())
+
+
+def test_a_command_is_asked_for() -> None:
+    for arguments in ((), ("--verbose",)):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines()[-1] == "balloon: error: the following arguments are required: command"
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (
+            "madvise: process_madvise refused this process's own memory (EINVAL)",
+            "one call for each merged range",
+        ),
+        ("process_madvise (pidfd)", "one call for all ranges of a slice"),
+    ],
+)
+def test_both_ways_of_anonymous_memory(monkeypatch: pytest.MonkeyPatch, path: str, said: str) -> None:
+    monkeypatch.setattr(cli, "kernel_path", lambda: path)
+    told = dict(cli.describe_host())["anonymous memory"]
+    assert told.startswith(f"{path}; {said}")
 
 
 def test_print_capabilities_ignores_other_options() -> None:

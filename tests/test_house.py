@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "_spec", "_atomics", "_pthread", "_kernel"),
     ("_memory", "_bell"),
-    ("_ring", "_reclaim", "_parts"),
+    ("_ring", "_reclaim", "_parts", "_waiter"),
     ("_fill",),
     ("_hints", "_statistics"),
     ("_drain",),

@@ -34,8 +34,19 @@ def test_the_program_is_short_and_prints_what_is_shown() -> None:
     assert done.stdout in blocks("text")
 
 
+def test_the_program_without_a_thread_serves_its_guest() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", blocks("python")[1]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "reported 32 MiB\n")
+
+
 def test_the_program_that_asks_guests_gets_answers(tmp_path: Path) -> None:
-    program = blocks("python")[1]
+    program = blocks("python")[2]
     assert len(program.splitlines()) <= 25
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", program],
@@ -71,7 +82,7 @@ def connect(path: Path) -> FrontEnd:
 
 
 def test_every_program_is_run() -> None:
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
 
 
 def test_every_option_of_serve_is_in_the_table() -> None:
