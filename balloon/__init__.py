@@ -25,6 +25,7 @@ from balloon.errors import (
 )
 from balloon.hinting import HintingRound, HintState
 from balloon.memory import FdRegion, GuestMemory, Region
+from balloon.mmio import VirtioMmio
 from balloon.spec import Feature, Role, Status
 from balloon.stats import Stats, StatsRequest
 
@@ -52,6 +53,7 @@ __all__ = [
     "Stats",
     "StatsRequest",
     "Status",
+    "VirtioMmio",
     "Worker",
     "__version__",
 ]
