@@ -26,6 +26,7 @@ from balloon.errors import (
 from balloon.hinting import HintingRound, HintState
 from balloon.memory import FdRegion, GuestMemory, Region
 from balloon.mmio import VirtioMmio
+from balloon.pci import VirtioPci
 from balloon.spec import Feature, Role, Status
 from balloon.stats import Stats, StatsRequest
 
@@ -54,6 +55,7 @@ __all__ = [
     "StatsRequest",
     "Status",
     "VirtioMmio",
+    "VirtioPci",
     "Worker",
     "__version__",
 ]

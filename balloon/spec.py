@@ -126,6 +126,58 @@ CONFIG_BYTES_BASE: Final = 8
 CONFIG_BYTES_HINT: Final = 12
 CONFIG_BYTES_POISON: Final = 16
 
+# Virtio over PCI Bus: PCI Device Discovery.
+PCI_VENDOR_ID: Final = 0x1AF4
+PCI_DEVICE_ID: Final = 0x1040 + DEVICE_ID
+PCI_REVISION: Final = 1
+
+
+class PciStructure(IntEnum):
+    """`cfg_type` of a capability (Virtio Structure PCI Capabilities)."""
+
+    COMMON = 1
+    NOTIFY = 2
+    ISR = 3
+    DEVICE = 4
+    PCI = 5
+
+
+class PciRegister(IntEnum):
+    """Offsets in the common configuration structure; 64-bit fields by halves (Common configuration structure
+    layout)."""
+
+    DEVICE_FEATURE_SELECT = 0x00
+    DEVICE_FEATURE = 0x04
+    DRIVER_FEATURE_SELECT = 0x08
+    DRIVER_FEATURE = 0x0C
+    CONFIG_MSIX_VECTOR = 0x10
+    NUM_QUEUES = 0x12
+    DEVICE_STATUS = 0x14
+    CONFIG_GENERATION = 0x15
+    QUEUE_SELECT = 0x16
+    QUEUE_SIZE = 0x18
+    QUEUE_MSIX_VECTOR = 0x1A
+    QUEUE_ENABLE = 0x1C
+    QUEUE_NOTIFY_OFF = 0x1E
+    QUEUE_DESC_LOW = 0x20
+    QUEUE_DESC_HIGH = 0x24
+    QUEUE_DRIVER_LOW = 0x28
+    QUEUE_DRIVER_HIGH = 0x2C
+    QUEUE_DEVICE_LOW = 0x30
+    QUEUE_DEVICE_HIGH = 0x34
+    QUEUE_NOTIFY_DATA = 0x38
+    QUEUE_RESET = 0x3A
+
+
+PCI_REGISTER_BYTES: Final[dict[PciRegister, int]] = {
+    one: 1 if one in (0x14, 0x15) else 2 if 0x10 <= one < 0x20 or one >= 0x38 else 4 for one in PciRegister
+}
+"""The width of each field: that of the access that a driver has to use."""
+PCI_COMMON_BYTES: Final = 0x3C
+NO_VECTOR: Final = 0xFFFF
+"""An event that no MSI-X vector is mapped to (MSI-X Vector Configuration)."""
+MSIX_VECTORS_MAX: Final = 0x800
+
 # Split virtqueues: The Virtqueue Descriptor Table, Available Ring, Used Ring.
 DESC_BYTES: Final = 16
 DESC_F_NEXT: Final = 1

@@ -70,7 +70,7 @@ class Transport:
         self.error: GuestError | None = None
         """What a device made with `strict` raised first."""
         self._lock = threading.Lock()
-        self._line = Line(interrupt, worker=worker is not None)
+        self._line = self._make_line(interrupt)
         self._kicks: list[int] = []
         if worker is not None:
             self._kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(QUEUE_COUNT)]
@@ -179,6 +179,9 @@ class Transport:
         return effects
 
     # How the driver is told. A transport with several interrupts has a say here.
+
+    def _make_line(self, interrupt: Interrupt) -> Line:
+        return Line(interrupt, worker=self.worker is not None)
 
     def _raise_used(self, index: int | None) -> None:
         """Used buffer notification of a queue; None stands for any. Under the lock."""
@@ -321,7 +324,8 @@ class Transport:
 
     def _accept_features(self) -> None:
         try:
-            self.device.set_driver_features(self._registers.features & ~Feature.RING_RESET)
+            # As a number: the inverse of a flag has no bits above its highest flag, and hides those of the driver.
+            self.device.set_driver_features(self._registers.features & ~int(Feature.RING_RESET))
         except (GuestError, StateError):  # FEATURES_OK stays clear
             self.refused["features"] += 1
 
