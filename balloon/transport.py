@@ -321,7 +321,7 @@ class Transport:
 
     def _accept_features(self) -> None:
         try:
-            self.device.set_driver_features(self._registers.features & ~Feature.RING_RESET)
+            self.device.set_driver_features(self._registers.features & ~int(Feature.RING_RESET))
         except (GuestError, StateError):  # FEATURES_OK stays clear
             self.refused["features"] += 1
 
