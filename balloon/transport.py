@@ -324,7 +324,6 @@ class Transport:
 
     def _accept_features(self) -> None:
         try:
-            # As a number: the inverse of a flag has no bits above the highest flag, and hides the driver's.
             self.device.set_driver_features(self._registers.features & ~int(Feature.RING_RESET))
         except (GuestError, StateError):  # FEATURES_OK stays clear
             self.refused["features"] += 1

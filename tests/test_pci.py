@@ -671,6 +671,47 @@ def test_a_function_that_is_no_bus_master_touches_no_memory(make: Callable[..., 
     vmm.loop_until(lambda: 0 in vmm.vectors())
 
 
+@pytest.mark.parametrize("worker", [False, True])
+def test_queues_that_are_enabled_before_bus_mastering_wait_for_it(
+    make: Callable[..., Vmm], worker: bool
+) -> None:
+    vmm = make(worker=worker)
+    driver = vmm.driver()
+    vmm.guest.set_command(MEMORY)
+    driver.start()
+    assert all(queue.worker is None for queue in vmm.device.queues.values())
+    queue = driver.queues[Role.REPORTING]
+    post_report(vmm, driver)
+    time.sleep(0.02 * worker)
+    assert not queue.take_used()
+    vmm.guest.set_command(MEMORY | BUS_MASTER)
+    vmm.loop_until(queue.take_used)
+
+
+def test_with_irqfds_and_ioeventfds_the_vmm_has_no_part_in_a_report(make: Callable[..., Vmm]) -> None:
+    vmm = make(worker=True, how="fds")
+    vmm.guest.use_msix()
+    driver = vmm.driver(kick=lambda index: os.eventfd_write(vmm.pci.notify_eventfds[index], 1), timeout=2.0)
+    driver.start()
+    vmm.interrupts(driver)
+    for _ in range(20):
+        driver.report([(16 * MIB, MIB)])  # nobody calls poll()
+    assert not select.select([vmm.pci.call_eventfd], [], [], 0)[0]
+
+
+def test_what_a_worker_brought_while_it_was_masked_is_sent_by_the_unmasking(make: Callable[..., Vmm]) -> None:
+    vmm = make(worker=True, how="fds")
+    vmm.guest.use_msix()
+    driver = vmm.driver()
+    driver.start()
+    vector = driver.indices[Role.REPORTING] + 1
+    vmm.guest.mask(vector, True)
+    post_report(vmm, driver)
+    assert select.select([vmm.pci.call_eventfd], [], [], 5)[0]
+    vmm.guest.mask(vector, False)
+    assert vmm.vectors() == [vector]
+
+
 def test_without_a_driver_that_is_up_no_queue_is_attached(make: Callable[..., Vmm]) -> None:
     vmm = make(worker=True)
     vmm.driver().start()
@@ -943,15 +984,26 @@ def test_a_callable_that_raises_does_not_end_the_exit_loop(make: Callable[..., V
     assert "could not be delivered" in caplog.text
 
 
-def test_the_callable_may_come_back_into_the_function(make: Callable[..., Vmm]) -> None:
-    seen: list[int] = []
-    vmm = make(how="none", intx=lambda level: seen.append(vmm.guest.isr()) if level else None)
+def test_the_callable_may_come_back_into_the_function_and_is_called_once_at_a_time(
+    make: Callable[..., Vmm],
+) -> None:
+    seen: list[tuple[bool, int]] = []
+    inside: list[bool] = []
+
+    def intx(level: bool) -> None:
+        assert not inside
+        inside.append(level)
+        seen.append((level, vmm.guest.isr() if level else 0))
+        inside.clear()
+
+    vmm = make(how="none", intx=intx)
     driver = vmm.driver()
     driver.start()
     for _ in range(2):
         post_report(vmm, driver)
         assert driver.queues[Role.REPORTING].take_used()
-    assert seen == [1, 1]
+    assert seen == [(True, 1), (False, 0)] * 2
+    assert vmm.pci.interrupt_failures == 0
 
 
 @pytest.mark.parametrize(

@@ -190,13 +190,13 @@ class PciInterrupts(Line):
                 self._busy = False
 
     def _next(self) -> Callable[[], object] | None:
-        while self._unrouted:
+        while self._unrouted:  # before any message is sent
             vector = self._unrouted.pop()
             message = self.table.message(vector)
             if self._open(vector) and self._routed.get(vector) != message:
                 return functools.partial(self._tell_route, vector, message)
         for vector in tuple(self.table.pending):
-            if self._open(vector) and self._ready(vector):
+            if self._open(vector):
                 self.table.pending.discard(vector)
                 return functools.partial(self._send, vector, *self.table.message(vector))
         level = self.shown and not self.space.command & COMMAND_INTX_DISABLE

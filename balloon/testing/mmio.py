@@ -119,9 +119,9 @@ class MmioDevice:
 class MmioDriver(Driver):
     """A driver of a device behind a register window, with an interrupt handler.
 
-    It looks at its rings only once InterruptStatus has told it to, and waits for an interrupt before it reads
-    that: `interrupt_fd`, the eventfd that the window writes, or `interrupt()`, the callable that the window
-    calls. The handler acknowledges first and looks then, as Linux does.
+    Where its rings have nothing yet it waits for an interrupt: `interrupt_fd`, the eventfd that the window
+    writes, or `interrupt()`, the callable that the window calls. It looks again only if InterruptStatus says
+    that a queue was used. The handler acknowledges first, as that of Linux does.
     """
 
     def __init__(self, ram: GuestRam, window: VirtioMmio, *, interrupt_fd: int = -1, **options: Any) -> None:
@@ -129,6 +129,8 @@ class MmioDriver(Driver):
         super().__init__(ram, self.registers, **options)
         self.interrupt_fd = interrupt_fd
         self.config_changes = 0
+        self.used = 0
+        """Interrupts at which InterruptStatus said that a queue was used."""
         self.spurious = 0
         """Interrupts at which InterruptStatus was 0."""
         self._fired = threading.Event()
@@ -146,6 +148,7 @@ class MmioDriver(Driver):
             return False
         self.registers.write(Reg.INTERRUPT_ACK, status)
         self.config_changes += bool(status & 2)
+        self.used += status & 1
         return bool(status & 1)
 
     def _wait_for_call(self, index: int, seconds: float) -> None:
