@@ -173,11 +173,11 @@ def make() -> Iterator[Callable[..., Vmm]]:
         yield build
 
 
-def post_report(vmm: Vmm, driver: Driver) -> int:
+def post_report(vmm: Vmm, driver: Driver, size: int = MIB) -> int:
     """Make one chain available and kick; its used notification is asked for."""
     queue = driver.queues[Role.REPORTING]
     queue.ask_for_call()
-    head = queue.post([(16 * MIB, MIB, True)])
+    head = queue.post([(16 * MIB, size, True)])
     vmm.guest.notify(driver.indices[Role.REPORTING])
     return head
 
@@ -1287,3 +1287,24 @@ def negotiate_unchecked(guest: PciDevice) -> None:
     guest.write(STATUS, 3)
     guest.set_driver_features(int(Feature.VERSION_1 | Feature.REPORTING | Feature.STATS_VQ))
     guest.write(STATUS, 11)
+
+
+def test_the_rest_of_a_queue_is_left_to_poll(make: Callable[..., Vmm]) -> None:
+    vmm = make()
+    guest, driver = vmm.guest, vmm.driver()
+    guest.use_msix()
+    driver.start()
+    vmm.device.set_reclaim_rate(64 * MIB)
+    queue = driver.queues[Role.REPORTING]
+    begun = time.monotonic()
+    for _ in range(8):  # 128 MiB
+        post_report(vmm, driver, 16 * MIB)
+    assert time.monotonic() - begun < 0.9
+    assert vmm.pci.pending
+    wait = vmm.pci.poll()
+    assert wait is not None
+    assert 0 < wait < 1
+    vmm.loop_until(lambda: queue.take_used() and not queue.posted)
+    assert vmm.pci.poll() is None
+    assert not vmm.pci.pending
+    assert set(vmm.vectors()) == {driver.indices[Role.REPORTING] + 1}
