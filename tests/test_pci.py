@@ -699,7 +699,10 @@ def test_with_irqfds_and_ioeventfds_the_vmm_has_no_part_in_a_report(make: Callab
     assert not select.select([vmm.pci.call_eventfd], [], [], 0)[0]
 
 
-def test_what_a_worker_brought_while_it_was_masked_is_sent_by_the_unmasking(make: Callable[..., Vmm]) -> None:
+@pytest.mark.parametrize("looks", [False, True])
+def test_what_a_worker_brought_while_it_was_masked_is_there_without_a_poll(
+    make: Callable[..., Vmm], looks: bool
+) -> None:
     vmm = make(worker=True, how="fds")
     vmm.guest.use_msix()
     driver = vmm.driver()
@@ -708,8 +711,19 @@ def test_what_a_worker_brought_while_it_was_masked_is_sent_by_the_unmasking(make
     vmm.guest.mask(vector, True)
     post_report(vmm, driver)
     assert select.select([vmm.pci.call_eventfd], [], [], 5)[0]
+    if looks:
+        assert vmm.guest.pending == 1 << vector
     vmm.guest.mask(vector, False)
     assert vmm.vectors() == [vector]
+
+
+def test_the_isr_says_what_a_worker_brought_without_a_poll(make: Callable[..., Vmm]) -> None:
+    vmm = make(worker=True, how="none")
+    driver = vmm.driver()
+    driver.start()
+    post_report(vmm, driver)
+    assert select.select([vmm.pci.call_eventfd], [], [], 5)[0]
+    assert vmm.guest.isr() == 1
 
 
 def test_without_a_driver_that_is_up_no_queue_is_attached(make: Callable[..., Vmm]) -> None:
@@ -778,6 +792,9 @@ def test_a_message_that_was_moved_is_routed_anew_before_it_is_sent(make: Callabl
     guest.mask(vector, False)
     assert order == [(vector, 0x99, [])]
     assert vmm.vectors() == [vector]
+    assert driver.queues[Role.REPORTING].take_used()
+    post_report(vmm, driver)  # and from now on by the worker alone
+    assert select.select([fds[vector]], [], [], 5)[0]
 
 
 # Resets of queues (Virtqueue Reset: A11 to A13), and of the machine.
