@@ -513,11 +513,11 @@ def test_a_driver_that_keeps_its_ring_full_does_not_keep_its_own_vcpu(rig: Rig) 
 
 def test_a_reclaim_rate_is_waited_for_outside_the_access(rig: Rig) -> None:
     rig.driver.start()
-    rig.device.set_reclaim_rate(8 * MIB)
+    rig.device.set_reclaim_rate(2 * MIB)
     queue = rig.driver.queues[Role.REPORTING]
     for _ in range(2):
-        for _ in range(10):  # one slice may go beyond the rate, the next one waits for it
-            queue.post([(FREE, MIB, True)])
+        for number in range(4):  # one slice may go beyond the rate, the next one waits for it
+            queue.post([(FREE + number * MIB, MIB, True)])
         rig.write(Reg.QUEUE_NOTIFY, rig.index(Role.REPORTING))
     wait = rig.window.poll()
     assert wait is not None
