@@ -308,14 +308,16 @@ def test_E8_a_status_0_is_not_shown_before_the_reset_is_done(
     make: Callable[..., Vmm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vmm = make()
-    guest = vmm.guest
-    vmm.driver().start()
+    guest, driver = vmm.guest, vmm.driver()
+    driver.start()
     with monkeypatch.context() as patch:
         patch.setattr(vmm.device, "reset", lambda: (_ for _ in ()).throw(StateError("a drain goes on")))
         guest.write(STATUS, 0)
         assert guest.read(STATUS) == UP
         guest.write(ACCEPT_SELECT, 7)  # too early
         assert guest.read(ACCEPT_SELECT) != 7
+        post_report(vmm, driver)
+        assert not driver.queues[Role.REPORTING].take_used()
         assert vmm.pci.poll() is not None
     assert guest.read(STATUS) == 0
 
@@ -938,6 +940,32 @@ def test_each_field_is_accessed_at_its_width(make: Callable[..., Vmm]) -> None:
     assert (guest.read(DESCRIPTORS), guest.read(DESCRIPTORS + 4)) == (0x9ABCDEF0, 0x12345678)
 
 
+def test_the_msix_table_takes_whole_words(make: Callable[..., Vmm]) -> None:
+    vmm = make()
+    guest = vmm.guest
+    guest.set_message(1, 0x1122334455667788, 0x99)
+    entry = 0x2000 + 16
+    assert struct.unpack_from("<I", guest.msix.data, 4)[0] & ~7 == entry - 16 if guest.msix else False
+    for offset, size in ((0, 1), (0, 2), (2, 4), (4, 8), (8, 3), (16 * 5, 8)):
+        vmm.pci.bar_write(entry + offset, size, 0)
+    assert vmm.pci.refused == {"size": 5, "register": 1}
+    assert vmm.pci.bar_read(entry, 8) == 0x1122334455667788
+    assert vmm.pci.bar_read(entry + 8, 8) == 1 << 32 | 0x99
+    vmm.pci.bar_write(entry + 8, 8, 0xFFFFFFFF_00000077)
+    assert vmm.pci.bar_read(entry + 8, 8) == 1 << 32 | 0x77  # of the vector control only the mask bit
+    vmm.pci.bar_write(0x3000, 8, 0xFF)
+    assert guest.pending == 0
+
+
+def test_a_function_without_a_line_has_no_pin(make: Callable[..., Vmm]) -> None:
+    vmm = make(intx=None)
+    assert vmm.guest.config(0x3D, 1) == 0
+    driver = vmm.driver()
+    driver.start()
+    post_report(vmm, driver)
+    assert vmm.guest.isr() == 1  # for drivers that poll
+
+
 def test_kicks_of_any_width_and_value_serve_the_queue_that_they_are_for(make: Callable[..., Vmm]) -> None:
     vmm = make()
     driver = vmm.driver()
@@ -1168,6 +1196,8 @@ def test_a_hostile_snapshot_raises_one_kind_of_error_and_leaves_all_as_new(make:
         new.pci.restore({**data, "pending": "80"})
     with pytest.raises(ConfigError, match="vector"):
         new.pci.restore({**data, "config_vector": 6})
+    with pytest.raises(ConfigError, match="vector"):
+        new.pci.restore({**data, "queue_vectors": data["queue_vectors"][:4]})
     lies = copy.deepcopy(data)
     lies["transport"]["registers"]["queues"][0]["ready"] = False
     with pytest.raises(ConfigError, match="queues"):
