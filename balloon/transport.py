@@ -413,6 +413,7 @@ class Transport:
             self.refused["late"] += 1
             return
         self._resetting = False
+        self._epoch += 1  # what was heard meanwhile is of before the reset too
         self._registers = Registers()
         self._pending.clear()
         self._kicked.clear()

@@ -322,6 +322,30 @@ def test_E8_a_status_0_is_not_shown_before_the_reset_is_done(
     assert guest.read(STATUS) == 0
 
 
+def test_what_a_worker_tells_during_a_reset_is_not_told_to_the_driver_after_it(
+    make: Callable[..., Vmm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vmm = make(how="none")
+    vmm.driver().start()
+    reset, heard = vmm.device.reset, threading.Event()
+    news = threading.Thread(target=vmm.pci.on_event, args=("fault", vmm.device.queue(0)))
+
+    def on_event(kind: str, queue: Any) -> Effect:
+        heard.set()
+        return Effect.NOTIFY_CONFIG
+
+    def slow_reset() -> Effect:
+        news.start()
+        assert heard.wait(10)
+        return reset()
+
+    monkeypatch.setattr(vmm.device, "on_event", on_event)
+    monkeypatch.setattr(vmm.device, "reset", slow_reset)
+    vmm.guest.write(STATUS, 0)
+    news.join(10)
+    assert (vmm.guest.read(STATUS), vmm.guest.isr(), vmm.levels) == (0, 0, [])
+
+
 def test_E8_queue_reset_reads_1_while_the_queue_is_being_reset(
     make: Callable[..., Vmm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
