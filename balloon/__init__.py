@@ -25,6 +25,8 @@ from balloon.errors import (
 )
 from balloon.hinting import HintingRound, HintState
 from balloon.memory import FdRegion, GuestMemory, Region
+from balloon.mmio import VirtioMmio
+from balloon.pci import VirtioPci
 from balloon.spec import Feature, Role, Status
 from balloon.stats import Stats, StatsRequest
 
@@ -52,6 +54,8 @@ __all__ = [
     "Stats",
     "StatsRequest",
     "Status",
+    "VirtioMmio",
+    "VirtioPci",
     "Worker",
     "__version__",
 ]

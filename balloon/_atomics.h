@@ -37,6 +37,8 @@ static inline void full_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 /* Words shared between threads of this process. */
 static inline int flag_load(const int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 static inline void flag_store(int *p, int v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline void flag_or(int *p, int v) { (void)__atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
+static inline int flag_and(int *p, int v) { return __atomic_and_fetch(p, v, __ATOMIC_ACQ_REL); }
 static inline void flag_add(int *p, int v) { (void)__atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
 
 /* SIGBUS inside a drain: the file behind guest memory was truncated. Only a program that owns its process

@@ -1,3 +1,6 @@
+cdef class StatusWord:
+    cdef int word
+
 cdef int open_bell() noexcept nogil
 cdef void ring_bell(int fd) noexcept nogil
 cdef void send_call(int fd, bint is_socket) noexcept nogil

@@ -1,6 +1,12 @@
 """Waking others up: through eventfds, and through the sockets that User-mode Linux passes for them."""
 
+cimport cython
 from libc.stdint cimport uint64_t
+
+cdef extern from "_atomics.h" nogil:
+    int flag_load(const int *p)
+    void flag_or(int *p, int v)
+    int flag_and(int *p, int v)
 
 cdef extern from "<fcntl.h>" nogil:
     int fcntl(int fd, int command)
@@ -52,3 +58,25 @@ cdef void send_call(int fd, bint is_socket) noexcept nogil:
         if poll(&writable, 1, 0) != 1 or not writable.revents & POLLOUT:
             return
     c_write(fd, &one, 8)
+
+
+@cython.final
+cdef class StatusWord:
+    """What a driver is told with an interrupt: bits that are there before it comes (CONTRACTS 22).
+
+    InterruptStatus of virtio-mmio, and ISR of PCI. Both sides change it atomically: an acknowledgement takes
+    nothing away but its own bits, whatever a worker adds meanwhile.
+    """
+
+    @property
+    def bits(self):
+        """What has come and was not acknowledged."""
+        return flag_load(&self.word)
+
+    def add(self, int bits):
+        """Something has come."""
+        flag_or(&self.word, bits)
+
+    def acknowledge(self, int bits):
+        """Take bits away; returns what is left."""
+        return flag_and(&self.word, ~bits)

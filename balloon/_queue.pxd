@@ -1,3 +1,4 @@
+from balloon._bell cimport StatusWord
 from balloon._fill cimport queue_t
 from balloon._memory cimport GuestMap
 from balloon._plane cimport DataPlane
@@ -22,6 +23,7 @@ cdef class DataQueue:
 cdef class _Attachment:
     cdef slot_t slot
     cdef DataQueue queue
+    cdef StatusWord status      # kept while the slot points to it, or None
     cdef int kick_fd            # the caller's; the slot has a duplicate
     cdef int token
     cdef bint done

@@ -10,6 +10,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from balloon._bell cimport StatusWord
 from balloon._drain cimport SLICE_MORE, monotonic_ns, queue_cut, queue_decide, queue_slice
 from balloon._fill cimport (
     NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE, queue_t,
@@ -342,8 +343,10 @@ cdef class DataQueue:
 cdef class _Attachment:
     """A queue's slot in its worker, kept while the worker may look at it."""
 
-    def __cinit__(self, DataQueue queue):
+    def __cinit__(self, DataQueue queue, StatusWord status):
         self.queue = queue
+        self.status = status
+        self.slot.status = &status.word if status is not None else NULL
         self.slot.queue = &queue.queue
         self.slot.lock = &queue.plane.lock
         self.slot.waiting = &queue.plane.waiting

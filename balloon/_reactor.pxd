@@ -21,6 +21,7 @@ ctypedef struct slot_t:         # a queue as its worker sees it
     int kick_fd
     int call_fd
     bint call_socket
+    int *status                 # atomic: where the driver looks what an interrupt is about, or NULL
     bint call_owed              # a notification came due before there was a call fd
     bint ready
     bint parked

@@ -26,7 +26,7 @@ from balloon._pthread cimport (
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
 )
 from balloon._reclaim cimport reclaim_clear, reclaim_t
-from balloon._spec cimport FAULT_BUS_ERROR, FAULT_NONE
+from balloon._spec cimport FAULT_BUS_ERROR, FAULT_NONE, INTERRUPT_USED
 from balloon._waiter cimport (
     WAITER_BATCH, waiter_add, waiter_alarm, waiter_close, waiter_open, waiter_remove, waiter_wait,
 )
@@ -34,6 +34,7 @@ from balloon._waiter cimport (
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
+    void flag_or(int *p, int v)
     void balloon_on_sigbus(int number) noexcept
     int balloon_guarded(int (*work)(void *, void *) noexcept nogil, void *a, void *b, int on_bus_error)
 
@@ -62,6 +63,8 @@ cdef enum:
 cdef void call(slot_t *slot) noexcept nogil:
     """Send the used buffer notification that is due."""
     slot.queue.notify = False
+    if slot.status != NULL:  # a driver that sees nothing there ignores the interrupt (CONTRACTS 22)
+        flag_or(slot.status, INTERRUPT_USED)
     pthread_mutex_lock(&slot.call_lock)
     if slot.call_fd < 0:
         slot.call_owed = True

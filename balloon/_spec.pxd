@@ -17,6 +17,7 @@ cdef enum:
     STATS_BYTES_MAX = 2560
     HINT_RANGES_MAX = 1048576
     HINT_STOP = 0
+    INTERRUPT_USED = 1
 
 cdef enum:  # Role
     ROLE_INFLATE = 0

@@ -8,7 +8,7 @@ cimport cython
 from libc.stdint cimport uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from balloon._bell cimport ring_bell
+from balloon._bell cimport StatusWord, ring_bell
 from balloon._memory cimport check_process, process_generation
 from balloon._pthread cimport pthread_mutex_destroy
 from balloon._queue cimport DataQueue, _Attachment, name_news
@@ -178,12 +178,14 @@ cdef class Worker:
             self.draining = False
         return 0
 
-    def attach(self, DataQueue queue not None, int kick_fd, int call_fd=-1, double timeout=10.0):
+    def attach(self, DataQueue queue not None, int kick_fd, int call_fd=-1, double timeout=10.0, *,
+               StatusWord status=None):
         """Own `queue` from now on: drain it once, then at every kick.
 
         `kick_fd` is never read, so that kicks of a detached queue stay in it; the worker has a duplicate of
         its own. `call_fd` stays the caller's, and has to stay open until it is replaced or the queue is
-        detached. -1 stands for no kick (the queue is drained once) and for no call.
+        detached. -1 stands for no kick (the queue is drained once) and for no call. Where the transport has a
+        `status` word, the bit of a used buffer notification is in it before `call_fd` is written.
 
         :raise StateError: the queue, or another one of its device, has an owner; it was stopped; or a
             drain of it did not end in time.
@@ -194,7 +196,7 @@ cdef class Worker:
         cdef int error
         self.check()
         queue.check_running()
-        attachment = _Attachment(queue)
+        attachment = _Attachment(queue, status)
         attachment.kick_fd = kick_fd
         attachment.set_call(call_fd)
         kick = os.dup(kick_fd) if kick_fd >= 0 else -1

@@ -15,7 +15,16 @@ from balloon.errors import ConfigError
 from balloon.spec import QUEUE_COUNT, QUEUE_SIZE_MAX
 from balloon.stats import Stats
 
-__all__ = ["VERSION", "QueueState", "Snapshot"]
+__all__ = [
+    "VERSION",
+    "QueueState",
+    "Snapshot",
+    "check_choice",
+    "check_fields",
+    "check_flag",
+    "check_list",
+    "check_number",
+]
 
 VERSION: Final = 1
 """Of the layout. One that is not known is refused."""
@@ -84,39 +93,39 @@ class Snapshot:
         :raise ConfigError: another version, a field that is missing or unknown, a wrong type, or a number
             that cannot be.
         """
-        fields = _fields("snapshot", data, {*cls.__dataclass_fields__, "version"})
-        if _number("version", fields["version"], 1 << 31) != VERSION:
+        fields = check_fields("snapshot", data, {*cls.__dataclass_fields__, "version"})
+        if check_number("version", fields["version"], 1 << 31) != VERSION:
             raise ConfigError(f"snapshot: its version is not {VERSION}")
-        queues = tuple(_queue(one) for one in _list("queues", fields["queues"]))
+        queues = tuple(_queue(one) for one in check_list("queues", fields["queues"]))
         if len({queue.index for queue in queues}) < len(queues):
             raise ConfigError("snapshot: a queue is there twice")
         poison = fields["poison"]
         return cls(
-            offered=_number("offered", fields["offered"], 1 << 64),
-            accepted=_number("accepted", fields["accepted"], 1 << 64),
-            refused=_flag("refused", fields["refused"]),
-            status=_number("status", fields["status"], 1 << 8),
-            numbering="linux" if _choice("numbering", fields["numbering"], "linux", "spec") else "spec",
+            offered=check_number("offered", fields["offered"], 1 << 64),
+            accepted=check_number("accepted", fields["accepted"], 1 << 64),
+            refused=check_flag("refused", fields["refused"]),
+            status=check_number("status", fields["status"], 1 << 8),
+            numbering="linux" if check_choice("numbering", fields["numbering"], "linux", "spec") else "spec",
             guest_byteorder="little"
-            if _choice("guest_byteorder", fields["guest_byteorder"], "little", "big")
+            if check_choice("guest_byteorder", fields["guest_byteorder"], "little", "big")
             else "big",
-            failed=_flag("failed", fields["failed"]),
-            generation=_number("generation", fields["generation"], 1 << 32),
-            num_pages=_number("num_pages", fields["num_pages"], 1 << 32),
-            actual=_number("actual", fields["actual"], 1 << 32),
-            actual_pages=_number("actual_pages", fields["actual_pages"], 1 << 32),
-            poison_val=_number("poison_val", fields["poison_val"], 1 << 32),
-            poison=None if poison is None else _number("poison", poison, 1 << 32),
-            reporting=_flag("reporting", fields["reporting"]),
-            hinting_id=_number("hinting_id", fields["hinting_id"], 1 << 32),
-            hinting_done=_flag("hinting_done", fields["hinting_done"]),
-            owed=tuple(_number("owed", one, QUEUE_COUNT) for one in _list("owed", fields["owed"])),
+            failed=check_flag("failed", fields["failed"]),
+            generation=check_number("generation", fields["generation"], 1 << 32),
+            num_pages=check_number("num_pages", fields["num_pages"], 1 << 32),
+            actual=check_number("actual", fields["actual"], 1 << 32),
+            actual_pages=check_number("actual_pages", fields["actual_pages"], 1 << 32),
+            poison_val=check_number("poison_val", fields["poison_val"], 1 << 32),
+            poison=None if poison is None else check_number("poison", poison, 1 << 32),
+            reporting=check_flag("reporting", fields["reporting"]),
+            hinting_id=check_number("hinting_id", fields["hinting_id"], 1 << 32),
+            hinting_done=check_flag("hinting_done", fields["hinting_done"]),
+            owed=tuple(check_number("owed", one, QUEUE_COUNT) for one in check_list("owed", fields["owed"])),
             queues=queues,
             stats=None if fields["stats"] is None else Stats.from_dict(fields["stats"]),
         )
 
 
-def _fields(what: str, data: object, names: set[str]) -> Mapping[str, Any]:
+def check_fields(what: str, data: object, names: set[str]) -> Mapping[str, Any]:
     """A dict that has these keys and no other."""
     if not isinstance(data, dict):
         raise ConfigError(f"{what}: a dict is wanted, not {type(data).__name__}")
@@ -128,27 +137,28 @@ def _fields(what: str, data: object, names: set[str]) -> Mapping[str, Any]:
     return data
 
 
-def _list(name: str, value: object) -> list[Any]:
+def check_list(name: str, value: object) -> list[Any]:
     """A list with at most one entry for each queue."""
     if not isinstance(value, list | tuple) or len(value) > QUEUE_COUNT:
         raise ConfigError(f"snapshot: {name} is not a list of at most {QUEUE_COUNT}")
     return list(value)
 
 
-def _number(name: str, value: object, end: int) -> int:
+def check_number(name: str, value: object, end: int) -> int:
     """An integer from 0 to below `end`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < end:
         raise ConfigError(f"snapshot: {name} is not an integer from 0 to {end - 1}")
     return value
 
 
-def _flag(name: str, value: object) -> bool:
+def check_flag(name: str, value: object) -> bool:
+    """True or false."""
     if not isinstance(value, bool):
         raise ConfigError(f"snapshot: {name} is neither true nor false")
     return value
 
 
-def _choice(name: str, value: object, first: str, second: str) -> bool:
+def check_choice(name: str, value: object, first: str, second: str) -> bool:
     """Whether it is the first of two words; it is one of them."""
     if value not in (first, second):
         raise ConfigError(f'snapshot: {name} is neither "{first}" nor "{second}"')
@@ -156,16 +166,16 @@ def _choice(name: str, value: object, first: str, second: str) -> bool:
 
 
 def _queue(data: object) -> QueueState:
-    fields = _fields("snapshot: a queue", data, set(QueueState.__dataclass_fields__))
-    size = _number("a queue's size", fields["size"], QUEUE_SIZE_MAX + 1)
+    fields = check_fields("snapshot: a queue", data, set(QueueState.__dataclass_fields__))
+    size = check_number("a queue's size", fields["size"], QUEUE_SIZE_MAX + 1)
     if size == 0 or size & (size - 1):
         raise ConfigError("snapshot: a queue's size is no power of two")
     return QueueState(
-        index=_number("a queue's index", fields["index"], QUEUE_COUNT),
+        index=check_number("a queue's index", fields["index"], QUEUE_COUNT),
         size=size,
-        descriptor_address=_number("descriptor_address", fields["descriptor_address"], 1 << 64),
-        available_address=_number("available_address", fields["available_address"], 1 << 64),
-        used_address=_number("used_address", fields["used_address"], 1 << 64),
-        next_available=_number("next_available", fields["next_available"], 1 << 16),
-        owed=_flag("owed", fields["owed"]),
+        descriptor_address=check_number("descriptor_address", fields["descriptor_address"], 1 << 64),
+        available_address=check_number("available_address", fields["available_address"], 1 << 64),
+        used_address=check_number("used_address", fields["used_address"], 1 << 64),
+        next_available=check_number("next_available", fields["next_available"], 1 << 16),
+        owed=check_flag("owed", fields["owed"]),
     )

@@ -34,6 +34,7 @@ class Feature(IntFlag):
     RING_PACKED = 1 << 34
     IN_ORDER = 1 << 35
     ORDER_PLATFORM = 1 << 36
+    RING_RESET = 1 << 40
 
 
 class Status(IntFlag):
@@ -78,9 +79,104 @@ class Config(IntEnum):
     POISON_VAL = 12
 
 
+class MmioRegister(IntEnum):
+    """Offsets of the registers, le32 each, and of what follows them (MMIO Device Register Layout)."""
+
+    MAGIC_VALUE = 0x000
+    VERSION = 0x004
+    DEVICE_ID = 0x008
+    VENDOR_ID = 0x00C
+    DEVICE_FEATURES = 0x010
+    DEVICE_FEATURES_SEL = 0x014
+    DRIVER_FEATURES = 0x020
+    DRIVER_FEATURES_SEL = 0x024
+    QUEUE_SEL = 0x030
+    QUEUE_NUM_MAX = 0x034
+    QUEUE_NUM = 0x038
+    QUEUE_READY = 0x044
+    QUEUE_NOTIFY = 0x050
+    INTERRUPT_STATUS = 0x060
+    INTERRUPT_ACK = 0x064
+    STATUS = 0x070
+    QUEUE_DESC_LOW = 0x080
+    QUEUE_DESC_HIGH = 0x084
+    QUEUE_DRIVER_LOW = 0x090
+    QUEUE_DRIVER_HIGH = 0x094
+    QUEUE_DEVICE_LOW = 0x0A0
+    QUEUE_DEVICE_HIGH = 0x0A4
+    SHM_SEL = 0x0AC
+    SHM_LEN_LOW = 0x0B0
+    SHM_LEN_HIGH = 0x0B4
+    SHM_BASE_LOW = 0x0B8
+    SHM_BASE_HIGH = 0x0BC
+    QUEUE_RESET = 0x0C0
+    CONFIG_GENERATION = 0x0FC
+    CONFIG = 0x100
+
+
+MMIO_MAGIC: Final = 0x74726976
+MMIO_VERSION: Final = 2
+
+INTERRUPT_USED: Final = 1
+"""A bit of InterruptStatus and of ISR status: used buffer notification."""
+INTERRUPT_CONFIG: Final = 2
+"""A bit of InterruptStatus and of ISR status: configuration change notification."""
+
 CONFIG_BYTES_BASE: Final = 8
 CONFIG_BYTES_HINT: Final = 12
 CONFIG_BYTES_POISON: Final = 16
+
+# Virtio over PCI Bus: PCI Device Discovery.
+PCI_VENDOR_ID: Final = 0x1AF4
+PCI_DEVICE_ID: Final = 0x1040 + DEVICE_ID
+PCI_REVISION: Final = 1
+
+
+class PciStructure(IntEnum):
+    """`cfg_type` of a capability (Virtio Structure PCI Capabilities)."""
+
+    COMMON = 1
+    NOTIFY = 2
+    ISR = 3
+    DEVICE = 4
+    PCI = 5
+
+
+class PciRegister(IntEnum):
+    """Offsets in the common configuration structure; 64-bit fields by halves (Common configuration structure
+    layout)."""
+
+    DEVICE_FEATURE_SELECT = 0x00
+    DEVICE_FEATURE = 0x04
+    DRIVER_FEATURE_SELECT = 0x08
+    DRIVER_FEATURE = 0x0C
+    CONFIG_MSIX_VECTOR = 0x10
+    NUM_QUEUES = 0x12
+    DEVICE_STATUS = 0x14
+    CONFIG_GENERATION = 0x15
+    QUEUE_SELECT = 0x16
+    QUEUE_SIZE = 0x18
+    QUEUE_MSIX_VECTOR = 0x1A
+    QUEUE_ENABLE = 0x1C
+    QUEUE_NOTIFY_OFF = 0x1E
+    QUEUE_DESC_LOW = 0x20
+    QUEUE_DESC_HIGH = 0x24
+    QUEUE_DRIVER_LOW = 0x28
+    QUEUE_DRIVER_HIGH = 0x2C
+    QUEUE_DEVICE_LOW = 0x30
+    QUEUE_DEVICE_HIGH = 0x34
+    QUEUE_NOTIFY_DATA = 0x38
+    QUEUE_RESET = 0x3A
+
+
+PCI_REGISTER_BYTES: Final[dict[PciRegister, int]] = {
+    one: 1 if one in (0x14, 0x15) else 2 if 0x10 <= one < 0x20 or one >= 0x38 else 4 for one in PciRegister
+}
+"""The width of each field: that of the access that a driver has to use."""
+PCI_COMMON_BYTES: Final = 0x3C
+NO_VECTOR: Final = 0xFFFF
+"""An event that no MSI-X vector is mapped to (MSI-X Vector Configuration)."""
+MSIX_VECTORS_MAX: Final = 0x800
 
 # Split virtqueues: The Virtqueue Descriptor Table, Available Ring, Used Ring.
 DESC_BYTES: Final = 16
@@ -113,6 +209,8 @@ NOTIFY_SLICES: Final = 1024
 """Slices that one `notify()` serves before it returns and asks to be called again."""
 HINT_RANGES_MAX: Final = 1 << 20
 """Ranges that one hinting round collects after merging; what comes beyond is counted and left out."""
+KICK_ROUNDS: Final = 16
+"""Times of NOTIFY_SLICES that one write to QueueNotify serves before the rest is left to `poll()`."""
 RECLAIM_RETRIES: Final = 16
 """How often one range is tried again after EINTR or EAGAIN."""
 

@@ -338,6 +338,15 @@ class VirtioDevice:
         self._stopped(queue)
         return queue.next_available
 
+    def reset_queue(self, index: int) -> None:
+        """Queue `index` is as new: out of work if it runs, and its driver is owed nothing (A11, A12).
+
+        :raise StateError: see `stop_queue`.
+        """
+        if index in self._plane.queues:
+            self.stop_queue(index)
+        self._owed.discard(index)
+
     def _stopped(self, queue: DataQueue) -> None:
         """For the protocols above: a queue is out of work."""
 

@@ -45,8 +45,22 @@ def test_the_program_without_a_thread_serves_its_guest() -> None:
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "reported 32 MiB\n")
 
 
+@pytest.mark.parametrize(("number", "word"), [(2, "the line is high"), (3, "vector 4")])
+def test_the_program_of_a_vmm_prints_what_is_shown(number: int, word: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", blocks("python")[number]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert word in done.stdout
+    assert done.stdout in blocks("text")
+
+
 def test_the_program_that_asks_guests_gets_answers(tmp_path: Path) -> None:
-    program = blocks("python")[2]
+    program = blocks("python")[4]
     assert len(program.splitlines()) <= 25
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", program],
@@ -82,7 +96,7 @@ def connect(path: Path) -> FrontEnd:
 
 
 def test_every_program_is_run() -> None:
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 5
 
 
 def test_every_option_of_serve_is_in_the_table() -> None:

@@ -11,7 +11,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -156,6 +156,41 @@ class DriverQueue:
         return heads
 
 
+class DriverView(Protocol):
+    """What a driver needs of a device: a `Balloon` itself, or its registers."""
+
+    @property
+    def device_features(self) -> int:
+        """The feature bits that are offered."""
+
+    @property
+    def status(self) -> int:
+        """The device status bits."""
+
+    def set_driver_features(self, features: int) -> None:
+        """Accept feature bits."""
+
+    def write_status(self, status: int) -> Effect:
+        """Write the device status."""
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """Read the configuration space."""
+
+    def write_config(self, offset: int, data: bytes) -> Effect:
+        """Write to the configuration space."""
+
+    def role(self, index: int) -> Role | None:
+        """What a queue is for."""
+
+    def start_queue(
+        self, index: int, *, size: int, descriptor_address: int, available_address: int, used_address: int
+    ) -> None:
+        """Set a queue up."""
+
+    def notify(self, index: int) -> Effect:
+        """Kick a queue."""
+
+
 class Driver:
     """A small driver for one balloon device.
 
@@ -169,7 +204,7 @@ class Driver:
     def __init__(
         self,
         ram: GuestRam,
-        device: Balloon,
+        device: DriverView,
         *,
         features: int | None = None,
         queue_size: int = 64,
@@ -179,7 +214,7 @@ class Driver:
         stats: Mapping[int, int] | None = None,
     ) -> None:
         self.ram = ram
-        self.device = device
+        self.device: DriverView = device
         self.features = device.device_features if features is None else features
         self.queue_size = queue_size
         self.timeout = timeout
@@ -247,7 +282,7 @@ class Driver:
             index = self.indices[role]
             effect = self.device.notify(index)
             while effect & (Effect.NOTIFY_AGAIN | Effect.NOTIFY_LATER):
-                if effect & Effect.NOTIFY_LATER:  # the reclaim rate is used up
+                if effect & Effect.NOTIFY_LATER and isinstance(self.device, Balloon):  # the rate is used up
                     time.sleep(self.device.queue(index).wait_seconds)
                 effect &= ~(Effect.NOTIFY_AGAIN | Effect.NOTIFY_LATER)
                 effect |= self.device.notify(index)
@@ -270,11 +305,15 @@ class Driver:
             left = until - time.monotonic()
             if left < 0:
                 raise TimeoutError(f"{role.name}: the device has not used {sorted(missing)}")
-            fd = self.call_fds.get(self.indices[role])
-            if fd is None:
-                time.sleep(min(left, 0.001))
-            elif select.select([fd], [], [], left)[0]:
-                os.read(fd, 8)
+            self._wait_for_call(self.indices[role], left)
+
+    def _wait_for_call(self, index: int, seconds: float) -> None:
+        """Wait for the notification of a queue, or a moment where there is none to wait for."""
+        fd = self.call_fds.get(index)
+        if fd is None:
+            time.sleep(min(seconds, 0.001))
+        elif select.select([fd], [], [], seconds)[0]:
+            os.read(fd, 8)
 
     def _pages(self, role: Role, pages: npt.ArrayLike) -> None:
         numbers = np.asarray(pages, dtype="<u4")
