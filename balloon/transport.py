@@ -196,6 +196,8 @@ class Transport:
 
     def _take(self, effect: Effect, index: int | None) -> None:
         """Do what is to be done after a queue was served, or any call of the device's. Under the lock."""
+        if not self.device.status & Status.DRIVER_OK:  # it was reset since (A1, A9)
+            effect &= ~(Effect.NOTIFY_USED | Effect.NOTIFY_CONFIG)
         if effect & Effect.NOTIFY_USED:
             self._raise_used(index)
         if effect & Effect.NOTIFY_CONFIG:
@@ -396,6 +398,7 @@ class Transport:
             return
         self._pending.discard(index)
         if ring.resetting:
+            self._lives[index] += 1  # for whoever looked while it went on
             self._registers.rings[index] = Ring()
         else:
             ring.ready = ring.ending = False
