@@ -176,10 +176,7 @@ cdef class GuestMap:
                     or max(guest, host, fd_offset) + size > 1 << 64:
                 raise ConfigError(f"a region of {size} bytes at guest address {guest:#x} cannot be")
             if guest < end:
-                raise ConfigError(
-                    f"the region at guest address {guest:#x} overlaps the one below it: put it at {end:#x} or "
-                    "above, by guest_address, or remove() that one first"
-                )
+                raise ConfigError(f"the region at guest address {guest:#x} overlaps the one below it")
             # Pages lie in host memory, and so do their parts of 4096 bytes: the index of one is
             # (host address - region.host) / page. So they may begin at any 4096 bytes of the guest.
             if page < 4096 or page & (page - 1) or guest % 4096 or (host | size | fd_offset) % page:

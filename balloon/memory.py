@@ -432,12 +432,26 @@ class GuestMemory:
                         f"{region.size} bytes at guest address {region.guest_address} cannot be: "
                         "a region has a page at least, and lies at a multiple of 4096 from 0 up"
                     )
+                self._check_room(region)
                 region._find_pieces()
                 self._swap([*self._regions, region], TIMEOUT if timeout is None else timeout)
             except BaseException:
                 region._release()
                 raise
         return region
+
+    def _check_room(self, region: Region) -> None:
+        """Say where there is room; that there is none would show in the map as well."""
+        end = region.guest_address + region.size
+        for other in self._regions:
+            other_end = other.guest_address + other.size
+            if region.guest_address < other_end and other.guest_address < end:
+                top = max(one.guest_address + one.size for one in self._regions)
+                raise ConfigError(
+                    f"the region at guest address {region.guest_address:#x} overlaps the one from "
+                    f"{other.guest_address:#x} to {other_end:#x}: give it a guest_address of {top:#x} "
+                    "or above, or remove() that one first"
+                )
 
     def _swap(self, regions: Sequence[Region], timeout: float) -> None:
         """Put every device on a new map, or, where one does not become quiet in time, none of them."""

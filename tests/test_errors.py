@@ -40,7 +40,9 @@ def running() -> Balloon:
 
 
 def two_at_one_address() -> None:
-    GuestMemory(ram()).add(ram())
+    memory = GuestMemory(ram())
+    memory.add(ram(), guest_address=4 * MIB)
+    memory.add(memoryview(ram())[:4096], guest_address=MIB - 4096)
 
 
 def attached_twice() -> None:
@@ -54,8 +56,8 @@ WRONG: dict[str, tuple[Callable[[], Any], type[BalloonError], str]] = {
     "memory that overlaps": (
         two_at_one_address,
         ConfigError,
-        "the region at guest address 0x0 overlaps the one below it: put it at 0x100000 or above, by "
-        "guest_address, or remove() that one first",
+        "the region at guest address 0xff000 overlaps the one from 0x0 to 0x100000: give it a guest_address "
+        "of 0x500000 or above, or remove() that one first",
     ),
     "a guest address inside a page": (
         lambda: GuestMemory(ram(), guest_address=512),
