@@ -162,9 +162,10 @@ def test_an_unbuilt_tree_names_the_command(tmp_path: Path) -> None:
     shutil.copytree(
         ROOT / "balloon", tmp_path / "balloon", ignore=shutil.ignore_patterns("*.so", "*.c", "__pycache__")
     )
-    for words in (["-c", "import balloon"], ["-c", "import balloon.memory"], ["-m", "balloon", "--version"]):
+    # Alone: without the finder of an editable install, and whatever PYTHONPATH says.
+    for words in ("import balloon", "import balloon.memory", "import runpy; runpy.run_module('balloon')"):
         done = subprocess.run(
-            [sys.executable, "-S", *words],  # without the finder of an editable install
+            [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {words}"],
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -22,7 +22,7 @@ from balloon.testing.uml_files import UmlFiles, UmlUnavailable, choose_memory_fo
 
 pytestmark = pytest.mark.e2e
 
-CONTROL = Controller(ram=512 * MIB, floor=128 * MIB, low=96 * MIB, high=160 * MIB)
+RAM = 512 * MIB
 EVERY = 0.2
 
 
@@ -30,7 +30,7 @@ EVERY = 0.2
 def uml(require: Callable[[str, object, str], None]) -> tuple[UmlFiles, Path]:
     why = ""
     try:
-        files, (folder, _) = find_uml(), choose_memory_folder(CONTROL.ram + 64 * MIB)
+        files, (folder, _) = find_uml(), choose_memory_folder(RAM + 64 * MIB)
     except UmlUnavailable as error:
         why = str(error)
     require("uml", not why, why)
@@ -41,19 +41,20 @@ def available(guest: UmlGuest) -> int:
     return guest.meminfo()["MemAvailable"]
 
 
-def wait_in_band(guest: UmlGuest, seconds: float = 60.0) -> None:
-    """Wait until the guest's own figure is within the band, and is so five times in a row."""
+def wait_in_band(guest: UmlGuest, control: Controller, seconds: float = 60.0) -> None:
+    """Wait until the guest's own figure is within the band, five times in a row, and nothing moves any more."""
     until = time.monotonic() + seconds
     row = 0
     while row < 5:
         now = available(guest)
-        row = row + 1 if CONTROL.low <= now <= CONTROL.high else 0
+        row = row + 1 if control.low <= now <= control.high and not control.moving else 0
         assert time.monotonic() < until, f"{now / MIB:.1f} MiB are available in the guest"
         time.sleep(EVERY)
 
 
 def test_a_real_guest_is_kept_within_its_band(uml: tuple[UmlFiles, Path], tmp_path: Path) -> None:
     files, folder = uml
+    control = Controller(ram=RAM, floor=128 * MIB, low=96 * MIB, high=160 * MIB)
     up, asked = asyncio.Event(), [0]
     targets: list[int] = []
 
@@ -68,7 +69,7 @@ def test_a_real_guest_is_kept_within_its_band(uml: tuple[UmlFiles, Path], tmp_pa
         """What happens in the guest, in a thread: rest, work, rest."""
         guest.run("dd if=/dev/urandom of=/mnt/keep bs=1M count=40 2>/dev/null")
         checksum = guest.run("md5sum </mnt/keep")
-        wait_in_band(guest)
+        wait_in_band(guest, control)
         rested = targets[-1]
         assert rested >= 200 * MIB  # much was to be had
 
@@ -76,7 +77,7 @@ def test_a_real_guest_is_kept_within_its_band(uml: tuple[UmlFiles, Path], tmp_pa
         for number in range(8):
             guest.run(f"dd if=/dev/zero of=/mnt/{number} bs=1M count=16 2>/dev/null")
             time.sleep(3 * EVERY)
-        wait_in_band(guest)
+        wait_in_band(guest, control)
         worked = targets[-1]
         assert rested - worked >= 64 * MIB  # it gave way
         quiet = len(targets)
@@ -85,8 +86,8 @@ def test_a_real_guest_is_kept_within_its_band(uml: tuple[UmlFiles, Path], tmp_pa
         asked[0] = len(targets) - quiet
 
         guest.run("rm /mnt/[0-9]")
-        assert available(guest) > CONTROL.high
-        wait_in_band(guest)
+        assert available(guest) > control.high
+        wait_in_band(guest, control)
         assert targets[-1] > worked
         assert guest.run("md5sum </mnt/keep") == checksum
         assert "Out of puff" not in guest.run("dmesg")
@@ -109,7 +110,7 @@ def test_a_real_guest_is_kept_within_its_band(uml: tuple[UmlFiles, Path], tmp_pa
         await asyncio.sleep(0)
         with UmlGuest(
             files,
-            memory_bytes=CONTROL.ram,
+            memory_bytes=RAM,
             socket_path=tmp_path / "s",
             folder=tmp_path / "guest",
             memory_folder=folder,
@@ -117,7 +118,7 @@ def test_a_real_guest_is_kept_within_its_band(uml: tuple[UmlFiles, Path], tmp_pa
             await asyncio.to_thread(guest.start)
             await asyncio.to_thread(guest.load_balloon)
             await asyncio.wait_for(up.wait(), 20)
-            steering = asyncio.create_task(keep(server.sessions[0], CONTROL, EVERY, tell))
+            steering = asyncio.create_task(keep(server.sessions[0], control, EVERY, tell))
             await asyncio.to_thread(live, guest)
             await asyncio.to_thread(ask_as_mom, guest, server, asyncio.get_running_loop())
             assert not steering.done()
@@ -127,5 +128,5 @@ def test_a_real_guest_is_kept_within_its_band(uml: tuple[UmlFiles, Path], tmp_pa
         await serving
 
     asyncio.run(asyncio.wait_for(main(), 180))
-    assert max(targets) <= CONTROL.ram - CONTROL.floor
+    assert max(targets) <= control.ram - control.floor
     assert asked[0] >= 3
