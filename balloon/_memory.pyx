@@ -17,6 +17,7 @@ from libc.stdlib cimport calloc, free
 from balloon._kernel cimport kernel_resident
 
 import os
+from mmap import mmap
 
 from balloon.errors import ConfigError, StateError
 
@@ -72,6 +73,15 @@ cdef char *map_host_over(const map_t *map, uint64_t address, uint64_t size) noex
     return host
 
 
+cdef str buffer_advice(object buffer, object error):
+    """What to do about an object that is no writable, contiguous buffer."""
+    if isinstance(error, TypeError):
+        return "hand over an mmap.mmap(-1, size), or the memory's address to add_address()"
+    if isinstance(error, ValueError) and isinstance(buffer, (mmap, memoryview)):
+        return "it has to stay open until its region was removed"
+    return "map it writable and hand over all of it, as mmap.mmap(-1, size) is"
+
+
 @cython.final
 cdef class BufferHold:
     """Holds a writable buffer, so that its owner can neither free nor resize it while it is mapped."""
@@ -81,7 +91,10 @@ cdef class BufferHold:
         try:
             PyObject_GetBuffer(buffer, &self.view, PyBUF_WRITABLE)
         except (BufferError, TypeError, ValueError) as error:
-            raise ConfigError(f"guest memory has to be a writable, contiguous buffer: {error}") from error
+            raise ConfigError(
+                f"guest memory has to be a writable, contiguous buffer: {str(error).rstrip('.')}; "
+                + buffer_advice(buffer, error)
+            ) from error
         self.held = True
 
     def __dealloc__(self):
@@ -168,7 +181,8 @@ cdef class GuestMap:
             # (host address - region.host) / page. So they may begin at any 4096 bytes of the guest.
             if page < 4096 or page & (page - 1) or guest % 4096 or (host | size | fd_offset) % page:
                 raise ConfigError(
-                    f"the region at guest address {guest:#x} is not aligned to its page of {page} bytes"
+                    f"the region at guest address {guest:#x} is not aligned to its page of {page} bytes: "
+                    "guest addresses are multiples of 4096, memory begins and ends at such a page"
                 )
             split = more[0] if more else 0
             if split and (split < page or split & (split - 1)):

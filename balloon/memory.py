@@ -151,10 +151,13 @@ class GuestMemory:
         shared_file: bool = False,
         page_bytes: int | None = None,
         split: str | None = None,
+        timeout: float | None = None,
     ) -> Region:
         """Map any writable buffer (mmap, numpy array, ctypes array, memoryview) as guest RAM.
 
-        The buffer is held until the region is removed: closing or resizing it fails meanwhile.
+        The buffer is held until the region is removed: closing or resizing it fails meanwhile. Devices may
+        be running; the drain that is under way is waited for, 10 seconds or `timeout`.
+
         With `page_bytes` it is given back only in whole pages of that size: a power of two, and no less
         than a page of what backs it. That keeps huge pages whole.
 
@@ -166,7 +169,7 @@ class GuestMemory:
         :raise ConfigError: it is not writable, not page-aligned, or overlaps another region; `page_bytes`
             cannot be, or the buffer's address or size is no multiple of it; `split` is something else, or it
             is not private anonymous memory of 4096-byte pages, which alone has a use for it.
-        :raise StateError: the memory was closed.
+        :raise StateError: the memory was closed, or a drain did not end in time; nothing was changed.
         """
         hold = BufferHold(buffer)
         region = Region(
@@ -178,7 +181,7 @@ class GuestMemory:
             _declared=page_bytes,
             _hold=hold,
         )
-        return self._add(region)
+        return self._add(region, timeout)
 
     def add_address(
         self,
@@ -190,14 +193,15 @@ class GuestMemory:
         shared_file: bool = False,
         page_bytes: int | None = None,
         split: str | None = None,
+        timeout: float | None = None,
     ) -> Region:
         """Map `size` bytes at a raw address of this process; `owner` is kept alive meanwhile.
 
-        `page_bytes` and `split` are the same as for `add`.
+        `page_bytes`, `split` and `timeout` are the same as for `add`.
 
         :raise ConfigError: it is not mapped writable, not page-aligned, or overlaps another region; or
             `page_bytes` or `split` cannot be.
-        :raise StateError: the memory was closed.
+        :raise StateError: see `add`.
         """
         if address < 0 or size <= 0 or address + size > 1 << 64:
             raise ConfigError(f"{size} bytes at address {address:#x} cannot be")
@@ -210,7 +214,7 @@ class GuestMemory:
             _declared=page_bytes,
             _owner=owner,
         )
-        return self._add(region)
+        return self._add(region, timeout)
 
     def add_fd(
         self,
@@ -221,17 +225,19 @@ class GuestMemory:
         guest_address: int = 0,
         shared_file: bool = False,
         page_bytes: int | None = None,
+        timeout: float | None = None,
     ) -> Region:
         """Map a part of a memfd or file as guest RAM; the fd stays the caller's.
 
         A file that has a name is not discarded from unless `shared_file` says that nobody else needs it.
-        `page_bytes` is the same as for `add`; the file is mapped at a multiple of it.
+        `page_bytes` and `timeout` are the same as for `add`; the file is mapped at a multiple of the page.
 
         :raise ConfigError: it reaches past the end of the file, cannot be mapped writable, is not
             page-aligned, or overlaps another region; or `page_bytes` cannot be.
-        :raise StateError: the memory was closed.
+        :raise StateError: see `add`.
         """
-        return self._add(map_fd(FdRegion(fd, size, offset, guest_address, shared_file, page_bytes)))
+        region = map_fd(FdRegion(fd, size, offset, guest_address, shared_file, page_bytes))
+        return self._add(region, timeout)
 
     def remove(self, region: Region, timeout: float = TIMEOUT) -> None:
         """Unmap a region, once no drain is on it. A ring that lay in it stops with a fault.
@@ -416,19 +422,36 @@ class GuestMemory:
             except RuntimeError:  # a device came or went in another thread: look again
                 continue
 
-    def _add(self, region: Region) -> Region:
+    def _add(self, region: Region, timeout: float | None) -> Region:
         with self._lock:
             try:
                 if self._closed:
                     raise StateError("this guest memory is closed")
                 if region.guest_address < 0 or region.size == 0:
-                    raise ConfigError(f"{region.size} bytes at guest address {region.guest_address}")
+                    raise ConfigError(
+                        f"{region.size} bytes at guest address {region.guest_address} cannot be: "
+                        "a region has a page at least, and lies at a multiple of 4096 from 0 up"
+                    )
+                self._check_room(region)
                 region._find_pieces()
-                self._swap([*self._regions, region], TIMEOUT)
+                self._swap([*self._regions, region], TIMEOUT if timeout is None else timeout)
             except BaseException:
                 region._release()
                 raise
         return region
+
+    def _check_room(self, region: Region) -> None:
+        """Say where there is room; that there is none would show in the map as well."""
+        end = region.guest_address + region.size
+        for other in self._regions:
+            other_end = other.guest_address + other.size
+            if region.guest_address < other_end and other.guest_address < end:
+                top = max(one.guest_address + one.size for one in self._regions)
+                raise ConfigError(
+                    f"the region at guest address {region.guest_address:#x} overlaps the one from "
+                    f"{other.guest_address:#x} to {other_end:#x}: give it a guest_address of {top:#x} "
+                    "or above, or remove() that one first"
+                )
 
     def _swap(self, regions: Sequence[Region], timeout: float) -> None:
         """Put every device on a new map, or, where one does not become quiet in time, none of them."""

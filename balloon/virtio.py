@@ -78,6 +78,10 @@ class VirtioDevice:
         guest_byteorder: Literal["little", "big"],
         strict: bool,
     ) -> None:
+        if not isinstance(memory, GuestMemory):
+            raise ConfigError(
+                f"a device works on GuestMemory, not on {type(memory).__name__}: give it GuestMemory(buffer)"
+            )
         if numbering not in ("linux", "spec"):
             raise ConfigError(f'numbering is "linux" or "spec", not {numbering!r}')
         if guest_byteorder not in ("little", "big"):
@@ -299,12 +303,19 @@ class VirtioDevice:
         """
         role = self.role(index)
         if role is None:
-            raise ConfigError(f"queue {index} does not exist with the features {self.driver_features:#x}")
+            raise ConfigError(
+                f"queue {index} does not exist with the features {self.driver_features:#x}: "
+                "set_driver_features() comes before start_queue(), with what the driver accepts"
+            )
         if index in self._plane.queues:
             raise StateError(f"queue {index} is running: stop it first")
         if role is Role.REPORTING and size < REPORTING_CAPACITY:
             raise ConfigError(
                 f"queue {index} is for reporting and has {size} entries: Linux needs {REPORTING_CAPACITY}"
+            )
+        if not self.memory.regions:
+            raise ConfigError(
+                "the guest memory has no region yet: GuestMemory.add() comes before start_queue()"
             )
         with self.memory._lock:  # else the queue could stay on a map that is just going out of use
             ring = SplitRing(
@@ -363,7 +374,9 @@ class VirtioDevice:
         try:
             found: DataQueue = self._plane.queues[index]
         except KeyError:
-            raise ConfigError(f"queue {index} does not run") from None
+            raise ConfigError(
+                f"queue {index} does not run: start_queue() comes first, with the ring that the driver made"
+            ) from None
         return found
 
     @property
