@@ -184,8 +184,9 @@ cdef class Worker:
 
         `kick_fd` is never read, so that kicks of a detached queue stay in it; the worker has a duplicate of
         its own. `call_fd` stays the caller's, is made non-blocking, and has to stay open until it is replaced
-        or the queue is detached. -1 stands for no kick (the queue is drained once) and for no call. Where the transport has a
-        `status` word, the bit of a used buffer notification is in it before `call_fd` is written.
+        or the queue is detached. -1 stands for no kick (the queue is drained once) and for no call. Where the
+        transport has a `status` word, the bit of a used buffer notification is in it before `call_fd` is
+        written.
 
         :raise StateError: the queue, or another one of its device, has an owner; it was stopped; or a
             drain of it did not end in time.
