@@ -71,7 +71,8 @@ cdef class Worker:
     cdef int tokens
     cdef bint closing
     cdef bint closed
-    cdef bint draining          # a thread is in reactor_drain()
+    cdef bint draining          # a thread is in reactor_drain(),
+    cdef bint helping           # and only until somebody has his queue back
     cdef list events
     cdef object collecting      # one thread at a time turns news into events
     cdef object ending          # one thread at a time closes
@@ -144,8 +145,9 @@ cdef class Worker:
     def drain(self, int budget=64):
         """Serve up to `budget` slices of what was kicked, without the GIL; returns how many it were.
 
-        Carries out what was asked for meanwhile, and never waits. Where it leaves work, `fileno()` stays
-        readable, or becomes so when a queue that has to wait may go on. A budget of 0 serves no queue.
+        Carries out what was asked for meanwhile, and never waits; it returns 0 while a thread that waits for
+        a detached queue does so. Where it leaves work, `fileno()` stays readable, or becomes so when a queue
+        that has to wait may go on. A budget of 0 serves no queue.
 
         :raise StateError: another thread is in it, this worker has a thread, or this is inside a
             before-release hook.
@@ -156,6 +158,8 @@ cdef class Worker:
         check_outside_hook()
         if budget < 0:
             raise ConfigError(f"a budget of {budget} slices")
+        if self.helping:  # a moment, and what it leaves makes the fd readable
+            return 0
         if self.draining:
             raise StateError("another thread is in drain()")
         self.draining = True
@@ -172,10 +176,10 @@ cdef class Worker:
     cdef int go_on(self) except -1:
         """Where there is no thread to do it, carry out commands here, unless another one is in `drain()`."""
         if self.thread is None and not self.draining:
-            self.draining = True
+            self.draining = self.helping = True
             with nogil:
                 reactor_drain(&self.worker, 0)
-            self.draining = False
+            self.draining = self.helping = False
         return 0
 
     def attach(self, DataQueue queue not None, int kick_fd, int call_fd=-1, double timeout=10.0, *,
