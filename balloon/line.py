@@ -26,6 +26,8 @@ class Line:
     """
 
     def __init__(self, interrupt: Interrupt, *, worker: bool) -> None:
+        if not callable(interrupt):
+            os.fstat(interrupt)  # an eventfd that is not open is told of here, not at the first interrupt
         self.status = StatusWord()
         self._call: Callable[[bool], object] | None = None
         self._changed = False

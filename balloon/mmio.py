@@ -11,7 +11,7 @@ from typing import Final
 
 from balloon._worker import Worker
 from balloon.device import Balloon
-from balloon.line import Interrupt
+from balloon.line import Interrupt, Line
 from balloon.spec import DEVICE_ID, INTERRUPT_CONFIG, INTERRUPT_USED, MMIO_MAGIC, MMIO_VERSION, QUEUE_COUNT
 from balloon.spec import MmioRegister as Reg
 from balloon.transport import Transport
@@ -58,7 +58,7 @@ class VirtioMmio(Transport):
         queue_size: int = 256,
         timeout: float = 10.0,
     ) -> None:
-        super().__init__(device, interrupt, worker, queue_size, timeout)
+        super().__init__(device, Line(interrupt, worker=worker is not None), worker, queue_size, timeout)
         self._reads: dict[int, Callable[[], int]] = {
             Reg.MAGIC_VALUE: lambda: MMIO_MAGIC,
             Reg.VERSION: lambda: MMIO_VERSION,

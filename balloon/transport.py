@@ -26,7 +26,7 @@ from balloon._queue import DataQueue
 from balloon._worker import Worker
 from balloon.device import Balloon, Effect
 from balloon.errors import BalloonError, ConfigError, GuestError, StateError
-from balloon.line import Interrupt, Line
+from balloon.line import Line
 from balloon.registers import FEATURE_WORDS, Registers, Ring
 from balloon.snapshot import check_fields, check_number
 from balloon.spec import (
@@ -50,15 +50,14 @@ class Transport:
     """What `VirtioMmio` is made of; see there."""
 
     def __init__(
-        self, device: Balloon, interrupt: Interrupt, worker: Worker | None, queue_size: int, timeout: float
+        self, device: Balloon, line: Line, worker: Worker | None, queue_size: int, timeout: float
     ) -> None:
         if not REPORTING_CAPACITY <= queue_size <= QUEUE_SIZE_MAX or queue_size & (queue_size - 1):
+            line.close()
             raise ConfigError(
                 f"a queue size of {queue_size} is not a power of two"
                 f" from {REPORTING_CAPACITY} to {QUEUE_SIZE_MAX}"
             )
-        if not callable(interrupt):
-            os.fstat(interrupt)  # an eventfd that is not open is told of here, not at the first interrupt
         self.device = device
         self.worker = worker
         self.queue_size = queue_size
@@ -70,7 +69,7 @@ class Transport:
         self.error: GuestError | None = None
         """What a device made with `strict` raised first."""
         self._lock = threading.Lock()
-        self._line = self._make_line(interrupt)
+        self._line = line
         self._kicks: list[int] = []
         if worker is not None:
             self._kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(QUEUE_COUNT)]
@@ -179,9 +178,6 @@ class Transport:
         return effects
 
     # How the driver is told. A transport with several interrupts has a say here.
-
-    def _make_line(self, interrupt: Interrupt) -> Line:
-        return Line(interrupt, worker=self.worker is not None)
 
     def _raise_used(self, index: int | None) -> None:
         """Used buffer notification of a queue; None stands for any. Under the lock."""

@@ -970,8 +970,11 @@ def test_vcpus_at_once(rigs: Callable[..., Rig], mode: str) -> None:
 
 @pytest.mark.parametrize("queue_size", [0, 16, 33, 65536])
 def test_a_queue_size_of_the_embedders_that_cannot_be(rig: Rig, queue_size: int) -> None:
-    with pytest.raises(ConfigError, match="power of two from 32"):
-        VirtioMmio(rig.device, interrupt=lambda level: None, queue_size=queue_size)
+    with Worker() as worker:
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(ConfigError, match="power of two from 32"):
+            VirtioMmio(rig.device, interrupt=lambda level: None, worker=worker, queue_size=queue_size)
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_interrupt_fd_that_is_not_open(rig: Rig) -> None:

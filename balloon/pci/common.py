@@ -8,17 +8,15 @@ Section of the standard: Common configuration structure layout.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from balloon._queue import DataQueue
 from balloon._worker import Worker
 from balloon.device import Balloon
 from balloon.errors import StateError
-from balloon.line import Interrupt, Line
-from balloon.pci.interrupts import Message, PciInterrupts
-from balloon.pci.space import COMMAND_BUS_MASTER, MsixTable, PciSpace
+from balloon.pci.interrupts import PciInterrupts
+from balloon.pci.space import COMMAND_BUS_MASTER
 from balloon.registers import FEATURE_WORDS, Ring
 from balloon.spec import (
     NO_VECTOR,
@@ -48,27 +46,14 @@ class CommonStructure(Transport):
     """The registers that say how the device is set up; see `VirtioPci`."""
 
     def __init__(
-        self,
-        device: Balloon,
-        space: PciSpace,
-        table: MsixTable,
-        *,
-        msix: Message | None,
-        vector_fds: Sequence[int] | None,
-        route: Message | None,
-        intx: Callable[[bool], object] | None,
-        worker: Worker | None,
-        queue_size: int,
-        timeout: float,
+        self, device: Balloon, pin: PciInterrupts, worker: Worker | None, queue_size: int, timeout: float
     ) -> None:
-        self._space = space
-        self._table = table
+        self._pin = pin
+        self._space = pin.space
+        self._table = pin.table
         self._waiting: set[int] = set()  # were kicked while the function was no bus master
-
-        self._make_pin = functools.partial(
-            PciInterrupts, space, table, msix=msix, vector_fds=vector_fds, route=route, intx=intx
-        )
-        super().__init__(device, intx or bool, worker, queue_size, timeout)
+        pin.retarget = self._retarget_unlocked
+        super().__init__(device, pin, worker, queue_size, timeout)
         # The number of queues before a driver has accepted what is offered.
         roles = [one for one in Role if (need := ROLE_FEATURE[one]) is None or device.device_features & need]
         self._queue_count = len(roles) if device.numbering == "linux" else max(roles) + 1
@@ -186,11 +171,6 @@ class CommonStructure(Transport):
                 self.refused["value"] += 1
 
     # Interrupts and the bus: what is different from other transports. Under the lock, but for what says so.
-
-    def _make_line(self, interrupt: Interrupt) -> Line:
-        self._pin = self._make_pin(worker=self.worker is not None)
-        self._pin.retarget = self._retarget_unlocked
-        return self._pin
 
     def _raise_used(self, index: int | None) -> None:
         if index is None:

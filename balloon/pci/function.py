@@ -17,7 +17,7 @@ from balloon._worker import Worker
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
 from balloon.pci.common import CommonStructure
-from balloon.pci.interrupts import Message
+from balloon.pci.interrupts import Message, PciInterrupts
 from balloon.pci.space import COMMAND_BUS_MASTER, COMMAND_MEMORY, MSIX_CAPABILITY, MsixTable, PciSpace
 from balloon.snapshot import check_fields, check_list, check_number
 from balloon.spec import (
@@ -74,7 +74,7 @@ class VirtioPci(CommonStructure):
         bar: int = 0,
         bar_bits: int = 64,
         subsystem: tuple[int, int] = (PCI_VENDOR_ID, 0x1100),
-        timeout: float = 1.0,
+        timeout: float = 10.0,
     ) -> None:
         if bar_bits not in (32, 64) or not 0 <= bar <= (5 if bar_bits == 32 else 4):
             raise ConfigError(f"BAR {bar} of {bar_bits} bits cannot be")
@@ -94,18 +94,16 @@ class VirtioPci(CommonStructure):
             pin=int(intx is not None),
         )
         space.add_bar(bar, self.bar_bytes, wide=self._wide)
-        super().__init__(
-            device,
+        pin = PciInterrupts(
             space,
             table,
             msix=msix,
             vector_fds=vector_fds,
             route=route,
             intx=intx,
-            worker=worker,
-            queue_size=queue_size,
-            timeout=timeout,
+            worker=worker is not None,
         )
+        super().__init__(device, pin, worker, queue_size, timeout)
         self._lay_out(has_msix)
 
     def _lay_out(self, has_msix: bool) -> None:
