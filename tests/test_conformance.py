@@ -28,7 +28,10 @@ from balloon.testing.driver import INDIRECT, NEXT, Buffer
 ITEMS: Final = [f"{part}{n}" for part, last in (("A", 25), ("B", 13), ("C", 14)) for n in range(1, last + 1)]
 
 NOT_APPLICABLE: dict[str, str] = {
-    **{f"A{n}": "RING_RESET (40) is not offered: a queue is reset with its device" for n in range(11, 14)},
+    **{
+        f"A{n}": "RING_RESET (40) is its transports' to offer: test_mmio.py, test_pci.py"
+        for n in range(11, 14)
+    },
     **{f"A{n}": "SUSPEND (43) is not offered: the device cannot be suspended" for n in range(14, 21)},
     "A22": "ACCESS_PLATFORM (33) is not offered: guest addresses are neither translated nor restricted",
     "A23": "IN_ORDER (35) is not offered: buffers may be used in any order",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,23 +17,12 @@ from balloon import Balloon
 from balloon.serve import Event, Server
 from balloon.stats import Stats
 from balloon.testing.uml import UmlGuest
-from balloon.testing.uml_files import UmlFiles, UmlUnavailable, choose_memory_folder, find_uml
+from balloon.testing.uml_files import UmlFiles
 
 pytestmark = pytest.mark.e2e
 
 RAM = 512 * MIB
 EVERY = 0.2
-
-
-@pytest.fixture
-def uml(require: Callable[[str, object, str], None]) -> tuple[UmlFiles, Path]:
-    why = ""
-    try:
-        files, (folder, _) = find_uml(), choose_memory_folder(RAM + 64 * MIB)
-    except UmlUnavailable as error:
-        why = str(error)
-    require("uml", not why, why)
-    return files, folder
 
 
 def available(guest: UmlGuest) -> int:

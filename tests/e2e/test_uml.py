@@ -24,7 +24,7 @@ from balloon.serve import Server
 from balloon.session import Session
 from balloon.testing.faults import real_fallocate
 from balloon.testing.uml import UmlGuest
-from balloon.testing.uml_files import UmlFiles, UmlUnavailable, choose_memory_folder, find_uml
+from balloon.testing.uml_files import UmlFiles
 
 pytestmark = pytest.mark.e2e
 
@@ -32,17 +32,6 @@ MIB = 1 << 20
 RAM = 512 * MIB
 KEEP_SIZE, PUNCH_HOLE = 1, 2  # fallocate(2)
 KEEP = "dd if=/dev/urandom of=/mnt/keep bs=1M count=40 2>/dev/null; md5sum </mnt/keep"
-
-
-@pytest.fixture(scope="module")
-def uml(require: Callable[[str, object, str], None]) -> tuple[UmlFiles, Path]:
-    why = ""
-    try:
-        files, (folder, _) = find_uml(), choose_memory_folder(RAM + 64 * MIB)
-    except UmlUnavailable as error:
-        why = str(error)
-    require("uml", not why, why)
-    return files, folder
 
 
 class Served:
