@@ -5,7 +5,7 @@
 #   make demo     reporting, live                  DEMO_ARGS='--guest driver'
 #   make test     the whole suite                  PYTEST_ARGS='-x -k ring'
 #   make asan     the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer (PYTEST_ARGS too)
-#   make bench    all benchmarks, in about 10 minutes: build/bench has the JSON, a table, the pictures
+#   make bench    all benchmarks, in about 5 minutes: build/bench has the JSON, a table, the pictures
 #                 BENCH_ARGS='-k walk'; BENCH_DOCS=1 renews those of docs/performance.md too
 #   make lint     floors, file lengths, ruff, mypy, stubs, cython-lint
 #   make clean    remove all that make has made

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import os
 import resource
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from reactor import (
     drive,
     guests,
     lib,
+    looping,
     pinned,
     sweep,
     two_cpus,
@@ -172,14 +172,8 @@ def one_reader(served: list[Guest]) -> Iterator[None]:
     loop = asyncio.new_event_loop()
     with Worker(threaded=False) as worker, attached(worker, served):
         loop.add_reader(worker.fileno(), worker.drain)
-        thread = threading.Thread(target=loop.run_forever)
-        thread.start()
-        try:
+        with looping(loop):
             yield
-        finally:
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
 
 
 def test_one_reader(benchmark: BenchmarkFixture) -> None:

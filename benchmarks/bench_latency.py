@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pytest
 from harness import Contender, Target, compare
 from pytest_benchmark.fixture import BenchmarkFixture
-from reactor import Flood, Guest, c_loop, cpu_of, drive, guests, lib, pinned, two_cpus, worker_of
+from reactor import Flood, Guest, c_loop, cpu_of, drive, guests, lib, looping, pinned, two_cpus, worker_of
 
 from balloon.device import Effect
 
@@ -48,14 +48,8 @@ def asyncio_reader(guest: Guest) -> Iterator[None]:
             again = bool(effect & Effect.NOTIFY_AGAIN)
 
     loop.add_reader(guest.ring.kick, kicked)
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
+    with looping(loop):
         yield
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 @contextlib.contextmanager

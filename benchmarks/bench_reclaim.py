@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from reclaiming import HUGE, MIB, VECTORED, Backing, Guest, Work, measure, need_vectored, runs_of
 
 from balloon._kernel import _probe_again, kernel_path
+from balloon.spec import SLICE_RANGES
 from balloon.testing import faults
 
 LOOP = {"anonymous": "one madvise per page, C", "memfd": "one fallocate per page, C"}
@@ -171,3 +175,26 @@ def test_report_hugetlb(benchmark: BenchmarkFixture, backing: Backing) -> None:
         work = guest.report(blocks(2), HUGE)
         name = f"report of 32 x 2 MiB, hugetlb, {backing}, scattered"
         measure(benchmark, name, work, {RANGES[backing]: work.loop}, rounds=21)
+
+
+@pytest.mark.parametrize("backing", get_args(Backing))
+@pytest.mark.parametrize("count", [32, SLICE_RANGES])
+def test_two_threads(benchmark: BenchmarkFixture, backing: Backing, count: int) -> None:
+    """Two devices of one process, each served by a thread of its own, against one: what a page takes."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two threads need two CPUs")
+    with Guest(backing) as one, Guest(backing) as other, ThreadPoolExecutor(2) as threads:
+        works = [guest.pages(runs_of(1, count), 1) for guest in (one, other)]
+        together = threading.Barrier(2)
+
+        def both() -> float:
+            for work in works:
+                work.between.append(together.wait)
+            taken = [thread.result() for thread in [threads.submit(work.ours) for work in works]]
+            for work in works:
+                del work.between[-1]
+            return max(taken) / 2
+
+        name = f"{count} scattered pages, {backing}, two threads at once"
+        alone = {"one thread": works[0].ours}
+        measure(benchmark, name, works[1], alone, ours=both, facts={"threads": 2})

@@ -301,7 +301,7 @@ class NumpyWalk:
             or flags[-1] & NEXT
             or (table["next"][:-1] != ORDER[: len(table) - 1]).any()
         ):
-            raise NotImplementedError("links out of order")
+            raise ValueError("links out of order, which this cannot follow")
         wanted = (flags & WRITE).astype(bool) & (table["length"] != 0)
         addresses.append(table["address"][wanted])
         lengths.append(table["length"][wanted].astype(np.uint64))

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
 from typing import Any, Final
 
-import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 __all__ = ["CLOCK", "Contender", "Row", "Target", "compare", "record", "timed"]
@@ -146,8 +145,3 @@ def spread(taken: Sequence[float], units: int) -> list[float]:
         return [taken[0] / units, taken[0] / units]
     low, _, high = quantiles(taken, n=4)
     return [low / units, high / units]
-
-
-def skip(reason: str) -> None:
-    """This machine cannot show it."""
-    pytest.skip(reason)

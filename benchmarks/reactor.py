@@ -6,6 +6,7 @@ reads the kick eventfd. All that both sides need stands in a `Ring`, which C and
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import functools
@@ -38,6 +39,7 @@ __all__ = [
     "drive",
     "guests",
     "lib",
+    "looping",
     "pinned",
     "sweep",
     "two_cpus",
@@ -271,3 +273,16 @@ def two_cpus() -> tuple[int, int]:
     if len(cpus) < 2:
         pytest.skip("one CPU only: who kicks and who serves cannot run side by side")
     return cpus[0], cpus[1]
+
+
+@contextlib.contextmanager
+def looping(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Run an asyncio loop in a thread of its own; it is closed at the end."""
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
