@@ -1,10 +1,15 @@
 """A VMM in one file: KVM, the standard library, and a balloon.
 
-It builds a guest of 64 MiB from examples/guest, a balloon driver that runs on nothing else, boots it on one
-vCPU and prints what the host holds for it: python examples/kvm_vmm.py [--exits]
+python examples/kvm_vmm.py [--exits]
+    builds a guest of 64 MiB from examples/guest, a balloon driver that runs on nothing else, boots it on one
+    vCPU and prints what the host holds for it. Its device is a virtio-mmio window.
 
-QueueNotify is an ioeventfd that a worker waits on, and the interrupt is an irqfd. With --exits each kick is
-an exit instead, and the queue is served within it, in the vCPU's thread.
+python examples/kvm_vmm.py --kernel /boot/vmlinuz-… --initrd initrd.gz
+    boots a Linux as it comes from a distribution, on one vCPU with a serial console. It finds its balloon on
+    the PCI bus. examples/linux_initrd.py makes an initrd that frees memory.
+
+Kicks are ioeventfds that a worker waits on, and interrupts are irqfds. With --exits each kick is an exit
+instead, and the queue is served within it, in the vCPU's thread.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import fcntl
 import mmap
 import os
 import queue
+import select
 import struct
 import subprocess
 import sys
@@ -23,14 +29,18 @@ import threading
 import time
 from pathlib import Path
 
-from balloon import Balloon, Effect, GuestMemory, VirtioMmio, Worker
+from balloon import Balloon, Effect, GuestMemory, VirtioMmio, VirtioPci, Worker
 
-RAM = 64 << 20
-LOAD = 1 << 20
+MIB = 1 << 20
+RAM = 64 * MIB
+LOAD = 1 * MIB
 WINDOW = 0xD0000000
-TSS = 0x70000000  # three pages that KVM takes for itself on some processors
 LINE = 5
-SERIAL, EXIT_PORT = 0x3F8, 0xF4
+SERIAL, EXIT_PORT, PCI_ADDRESS, PCI_DATA, CLOCK = 0x3F8, 0xF4, 0xCF8, 0xCFC, 0x71
+SERIAL_LINE = 4
+HOLE, ABOVE = 0x70000000, 4 << 30  # there is no RAM between these: devices lie there
+BAR = 0xE0000000
+TSS, IDENTITY_MAP = HOLE, HOLE + 0x3000  # pages that KVM takes for itself on some processors
 
 # <linux/kvm.h>
 CREATE_VM, GET_VCPU_MMAP_SIZE, CREATE_VCPU, SET_TSS_ADDR, CREATE_IRQCHIP, RUN = (
@@ -38,8 +48,129 @@ CREATE_VM, GET_VCPU_MMAP_SIZE, CREATE_VCPU, SET_TSS_ADDR, CREATE_IRQCHIP, RUN = 
 )  # fmt: skip
 SET_MEMORY, IRQFD, IOEVENTFD = 0x4020AE46, 0x4020AE76, 0x4040AE79
 SET_REGS, GET_SREGS, SET_SREGS = 0x4090AE82, 0x8138AE83, 0x4138AE84
-EXIT_IO, EXIT_MMIO = 2, 6
-DATAMATCH = 1
+SET_IDENTITY_MAP, CREATE_PIT, SET_ROUTING = 0x4008AE48, 0x4040AE77, 0x4008AE6A
+GET_SUPPORTED_CPUID, SET_CPUID = 0xC008AE05, 0x4008AE90
+EXIT_IO, EXIT_MMIO, EXIT_SHUTDOWN = 2, 6, 8
+DATAMATCH, DEASSIGN = 1, 4
+ROUTE_PIN, ROUTE_MSI = 1, 2
+
+
+class Machine:
+    """One vCPU, RAM, and the interrupt controllers of a PC; a subclass has the devices."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.said: queue.SimpleQueue[tuple[str, int] | int] = queue.SimpleQueue()
+        """What comes of it: lines with what the host held then, at last an exit code."""
+        self.news = os.eventfd(0, os.EFD_CLOEXEC)  # something was said
+        self.code: str | int | None = None
+        self._text = ""
+        self.kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        self.vm = fcntl.ioctl(self.kvm, CREATE_VM, 0)
+        fcntl.ioctl(self.vm, SET_IDENTITY_MAP, struct.pack("=Q", IDENTITY_MAP))
+        fcntl.ioctl(self.vm, SET_TSS_ADDR, TSS)
+        fcntl.ioctl(self.vm, CREATE_IRQCHIP, 0)
+        for slot, region in enumerate(memory.regions):
+            where = region.guest_address, region.size, region.host_address
+            fcntl.ioctl(self.vm, SET_MEMORY, struct.pack("=IIQQQ", slot, 0, *where))
+        self.vcpu = fcntl.ioctl(self.vm, CREATE_VCPU, 0)
+        self.run_area = mmap.mmap(self.vcpu, fcntl.ioctl(self.kvm, GET_VCPU_MMAP_SIZE, 0))
+
+    def add_irqfd(self, fd: int, line: int) -> None:
+        fcntl.ioctl(self.vm, IRQFD, struct.pack("=II24x", fd, line))
+
+    def ioeventfd(self, fd: int, address: int, size: int, flags: int = 0, value: int = 0) -> None:
+        fcntl.ioctl(self.vm, IOEVENTFD, struct.pack("=QQIiI36x", value, address, size, fd, flags))
+
+    def set_registers(self, segments: bytes, control: dict[int, int], **registers: int) -> None:
+        """`segments` are CS and the data segments; `control` has values by their place in kvm_sregs."""
+        sregs = bytearray(fcntl.ioctl(self.vcpu, GET_SREGS, bytes(312)))
+        sregs[: len(segments)] = segments
+        for place, value in control.items():
+            struct.pack_into("=Q", sregs, place, value)
+        fcntl.ioctl(self.vcpu, SET_SREGS, bytes(sregs))
+        names = [
+            "rax",
+            "rbx",
+            "rcx",
+            "rdx",
+            "rsi",
+            "rdi",
+            "rsp",
+            "rbp",
+            *(f"r{n}" for n in range(8, 16)),
+            "rip",
+        ]
+        fcntl.ioctl(self.vcpu, SET_REGS, struct.pack("=18Q", *(registers.get(name, 0) for name in names), 2))
+
+    def run(self) -> None:
+        """The vCPU's thread."""
+        try:
+            while self.code is None:
+                with contextlib.suppress(InterruptedError):
+                    fcntl.ioctl(self.vcpu, RUN, 0)
+                    self._exit()
+        except Exception as error:
+            self.code = f"the vCPU's thread: {error!r}"
+        if isinstance(self.code, str):
+            self.say(f"FAILED: {self.code}\n")
+        else:
+            self.said.put(self.code or 0)
+            os.eventfd_write(self.news, 1)
+
+    def _exit(self) -> None:
+        area = self.run_area
+        (reason,) = struct.unpack_from("=I", area, 8)
+        if reason == EXIT_MMIO:
+            address, data, size, is_write = struct.unpack_from("=Q8sIB", area, 32)
+            if is_write:
+                self.mmio_write(address, size, int.from_bytes(data[:size], "little"))
+            else:
+                area[40 : 40 + size] = self.mmio_read(address, size).to_bytes(size, "little")
+        elif reason == EXIT_IO:
+            is_write, size, port, count, at = struct.unpack_from("=BBHIQ", area, 32)
+            for place in range(at, at + size * count, size):
+                if is_write:
+                    self.port_write(port, size, int.from_bytes(area[place : place + size], "little"))
+                else:
+                    area[place : place + size] = self.port_read(port, size).to_bytes(size, "little")
+        elif reason == EXIT_SHUTDOWN:
+            self.code = self.on_shutdown()
+        else:
+            self.code = f"KVM_RUN ended with reason {reason}"
+
+    # What a subclass has to say. What is not there reads as all ones.
+
+    def mmio_read(self, address: int, size: int) -> int:
+        return (1 << 8 * size) - 1
+
+    def mmio_write(self, address: int, size: int, value: int) -> None:
+        pass
+
+    def port_read(self, port: int, size: int) -> int:
+        return (1 << 8 * size) - 1
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        if port == SERIAL:
+            self.say(chr(value))
+
+    def on_shutdown(self) -> str | int:
+        return "a triple fault"
+
+    def say(self, text: str) -> None:
+        self._text += text
+        while "\n" in self._text:
+            line, _, self._text = self._text.partition("\n")
+            self.said.put((line.rstrip("\r"), self.memory.resident_bytes()))
+            os.eventfd_write(self.news, 1)
+
+    def close(self) -> None:
+        self.run_area.close()
+        for fd in (self.vcpu, self.vm, self.kvm, self.news):
+            os.close(fd)
+
+
+# A guest of our own.
 
 
 def build(folder: Path) -> bytes:
@@ -54,96 +185,43 @@ def build(folder: Path) -> bytes:
     return image.read_bytes()
 
 
-class Machine:
-    """One vCPU, RAM, a serial port, and the register window of a device."""
+def segment(selector: int, kind: int, *, is_32: bool = True, is_64: bool = False) -> bytes:
+    """A flat kvm_segment."""
+    return struct.pack("=QIHBBBBBBBBBB", 0, 0xFFFFFFFF, selector, kind, 1, 0, is_32, 1, is_64, 1, 0, 0, 0)
+
+
+class Small(Machine):
+    """The machine of examples/guest: a register window, and a port that ends it."""
 
     def __init__(self, memory: GuestMemory, window: VirtioMmio, irqfd: int) -> None:
-        self.memory = memory
+        super().__init__(memory)
         self.window = window
-        self.lines: queue.SimpleQueue[tuple[str, int] | int] = queue.SimpleQueue()
-        self._text = ""
-        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-        self.vm = fcntl.ioctl(kvm, CREATE_VM, 0)
-        fcntl.ioctl(self.vm, SET_TSS_ADDR, TSS)
-        fcntl.ioctl(self.vm, CREATE_IRQCHIP, 0)
-        for slot, region in enumerate(memory.regions):
-            where = region.guest_address, region.size, region.host_address
-            fcntl.ioctl(self.vm, SET_MEMORY, struct.pack("=IIQQQ", slot, 0, *where))
-        fcntl.ioctl(self.vm, IRQFD, struct.pack("=II24x", irqfd, LINE))
+        self.add_irqfd(irqfd, LINE)
         for number, fd in enumerate(window.notify_eventfds):
-            notify = struct.pack("=QQIiI36x", number, WINDOW + 0x50, 4, fd, DATAMATCH)
-            fcntl.ioctl(self.vm, IOEVENTFD, notify)
-        self.vcpu = fcntl.ioctl(self.vm, CREATE_VCPU, 0)
-        self.run_area = mmap.mmap(self.vcpu, fcntl.ioctl(kvm, GET_VCPU_MMAP_SIZE, 0))
-        os.close(kvm)
-        self._reset()
+            self.ioeventfd(fd, WINDOW + 0x50, 4, DATAMATCH, number)
+        # 32 bits, flat, no paging: the guest begins at LOAD.
+        self.set_registers(segment(8, 11) + 5 * segment(16, 3), {224: 0x11}, rip=LOAD)
 
-    def _reset(self) -> None:
-        """32 bits, flat, no paging: the guest begins at LOAD."""
-        sregs = bytearray(fcntl.ioctl(self.vcpu, GET_SREGS, bytes(312)))
-        code = struct.pack("=QIHBBBBBBBBBB", 0, 0xFFFFFFFF, 8, 11, 1, 0, 1, 1, 0, 1, 0, 0, 0)
-        data = struct.pack("=QIHBBBBBBBBBB", 0, 0xFFFFFFFF, 16, 3, 1, 0, 1, 1, 0, 1, 0, 0, 0)
-        sregs[:144] = code + 5 * data
-        (cr0,) = struct.unpack_from("=Q", sregs, 224)
-        struct.pack_into("=Q", sregs, 224, cr0 | 1)
-        fcntl.ioctl(self.vcpu, SET_SREGS, bytes(sregs))
-        fcntl.ioctl(self.vcpu, SET_REGS, struct.pack("=18Q", *[0] * 16, LOAD, 2))
+    def mmio_read(self, address: int, size: int) -> int:
+        if 0 <= address - WINDOW < self.window.SIZE:
+            return self.window.read(address - WINDOW, size)
+        self.code = f"no device at {address:#x}"
+        return 0
 
-    def run(self) -> None:
-        """The vCPU's thread. What comes of it: lines with what the host held then, at last an exit code."""
-        try:
-            code: str | int | None = None
-            while code is None:
-                with contextlib.suppress(InterruptedError):
-                    fcntl.ioctl(self.vcpu, RUN, 0)
-                    code = self._exit()
-        except Exception as error:
-            code = f"the vCPU's thread: {error!r}"
-        self.lines.put(code if isinstance(code, int) else (f"FAILED: {code}", 0))
-
-    def _exit(self) -> str | int | None:
-        """One exit of the vCPU; returns how the guest has ended, once it has."""
-        area = self.run_area
-        (reason,) = struct.unpack_from("=I", area, 8)
-        if reason == EXIT_MMIO:
-            address, data, size, is_write = struct.unpack_from("=Q8sIB", area, 32)
-            offset = address - WINDOW
-            if not 0 <= offset < self.window.SIZE:
-                return f"no device at {address:#x}"
-            if is_write:
-                self.window.write(offset, size, int.from_bytes(data[:size], "little"))
-            else:
-                value = self.window.read(offset, size)
-                area[40 : 40 + size] = value.to_bytes(size, "little")
-        elif reason == EXIT_IO:
-            is_write, size, port, count, at = struct.unpack_from("=BBHIQ", area, 32)
-            if is_write and port == EXIT_PORT:
-                return int(area[at])
-            if is_write and port == SERIAL:
-                self._print(area[at : at + size * count].decode("latin-1"))
+    def mmio_write(self, address: int, size: int, value: int) -> None:
+        if 0 <= address - WINDOW < self.window.SIZE:
+            self.window.write(address - WINDOW, size, value)
         else:
-            return f"KVM_RUN ended with reason {reason}"
-        return None
+            self.code = f"no device at {address:#x}"
 
-    def _print(self, text: str) -> None:
-        self._text += text
-        while "\n" in self._text:
-            line, _, self._text = self._text.partition("\n")
-            self.lines.put((line, self.memory.resident_bytes()))
-
-    def close(self) -> None:
-        self.run_area.close()
-        os.close(self.vcpu)
-        os.close(self.vm)
+    def port_write(self, port: int, size: int, value: int) -> None:
+        if port == EXIT_PORT:
+            self.code = value
+        else:
+            super().port_write(port, size, value)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--exits", action="store_true", help="serve queues within exits, without a worker")
-    exits = parser.parse_args().exits
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        print("/dev/kvm is not there, or not for this user")
-        return 1
+def run_small(worker: Worker | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         image = build(Path(folder))
     ram = mmap.mmap(-1, RAM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -152,9 +230,8 @@ def main() -> int:
     memory = GuestMemory(ram)
     device = Balloon(memory)
     irqfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    worker = None if exits else Worker()
     window = VirtioMmio(device, interrupt=irqfd, worker=worker)
-    machine = Machine(memory, window, irqfd)
+    machine = Small(memory, window, irqfd)
     vcpu = threading.Thread(target=machine.run, name="vcpu", daemon=True)
     vcpu.start()
 
@@ -162,39 +239,282 @@ def main() -> int:
     until = time.monotonic() + 60
     answered = False
     while code is None and time.monotonic() < until:
-        # Here a real VMM waits for worker.event_fd, call_eventfd and whatever else it has.
-        for kind, of, _ in worker.take_events() if worker else ():
-            window.on_event(kind, of)
-        window.poll()
+        wait(machine, window, 0.1)
         if window.take_effects() & Effect.STATS and device.stats and device.stats.token and not answered:
             answered = True
             free, total = (device.stats.free_bytes or 0) >> 20, (device.stats.total_bytes or 0) >> 20
             print(f"  statistics: {free} of {total} MiB are free")
-        try:
-            said = machine.lines.get(timeout=0.01)
-        except queue.Empty:
-            continue
-        if isinstance(said, int):
-            code = said
-            break
-        line, resident = said
-        print(f"guest: {line:<20} the host holds {resident / (1 << 20):5.1f} MiB", flush=True)
-        if line.startswith("FAILED"):
-            break
-        if line == "reported":
-            window.apply(device.set_target(8 << 20))
-        elif line == "balloon 8 MiB":
-            window.apply(device.set_target(0))
-        elif line == "balloon 0 MiB":
-            window.apply(device.request_stats(time.monotonic())[1])
+        while code is None and not machine.said.empty():
+            said = machine.said.get()
+            if isinstance(said, int):
+                code = said
+                break
+            line, resident = said
+            print(f"guest: {line:<20} the host holds {resident / MIB:5.1f} MiB", flush=True)
+            if line.startswith("FAILED"):
+                until = 0
+            elif line == "reported":
+                window.apply(device.set_target(8 * MIB))
+            elif line == "balloon 8 MiB":
+                window.apply(device.set_target(0))
+            elif line == "balloon 0 MiB":
+                window.apply(device.request_stats(time.monotonic())[1])
     print("the guest has ended" if code == 0 else f"the guest has not ended as it should: {code}")
     if code is not None:
         vcpu.join()
         machine.close()
         window.close()
-    if worker:
-        worker.close()
     return 0 if code == 0 else 1
+
+
+def wait(machine: Machine, window: VirtioMmio | VirtioPci, seconds: float) -> None:
+    """Wait until there is something to do, and do what is the device's."""
+    worker = window.worker
+    fds = [machine.news, *([worker.event_fd] if worker else []), window.call_eventfd]
+    ready, _, _ = select.select([fd for fd in fds if fd >= 0], [], [], 0 if window.pending else seconds)
+    if machine.news in ready:
+        os.eventfd_read(machine.news)
+    for kind, of, _ in worker.take_events() if worker else ():
+        window.on_event(kind, of)
+    window.poll()
+
+
+# A Linux.
+
+
+class Uart:
+    """A serial port of a PC that has always sent what it was given; nothing comes in."""
+
+    def __init__(self, irqfd: int) -> None:
+        self.irqfd = irqfd
+        self.registers = bytearray(8)
+        self.divisor = bytearray(2)
+        self.is_empty = False  # the interrupt that says so is due
+
+    def read(self, register: int) -> int:
+        if register < 2 and self.registers[3] & 0x80:
+            return self.divisor[register]
+        if register == 2:
+            due, self.is_empty = self.is_empty and bool(self.registers[1] & 2), False
+            return 0xC2 if due else 0xC1
+        return {0: 0, 5: 0x60, 6: 0xB0}.get(register, self.registers[register])
+
+    def write(self, register: int, value: int) -> str:
+        """Returns what was sent."""
+        if register < 2 and self.registers[3] & 0x80:
+            self.divisor[register] = value
+            return ""
+        self.registers[register] = value
+        if register in (0, 1):
+            self.is_empty = True
+            if self.registers[1] & 2:
+                os.eventfd_write(self.irqfd, 1)
+        return chr(value) if register == 0 else ""
+
+
+class Pc(Machine):
+    """What Linux needs of a PC: a timer, a serial port, and a bus with one function on it."""
+
+    def __init__(self, memory: GuestMemory, device: Balloon, worker: Worker | None) -> None:
+        super().__init__(memory)
+        fcntl.ioctl(self.vm, CREATE_PIT, struct.pack("=I60x", 1))
+        self._set_cpuid()
+        self.uart = Uart(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        self.add_irqfd(self.uart.irqfd, SERIAL_LINE)
+        self.address = 0
+        self.bridge = struct.pack("<HHHHBBBB", 0x8086, 0x1237, 0, 0, 0, 0, 0, 6).ljust(256, b"\0")
+        # A message signalled interrupt is a line too, from the 24th on, once `route` has said what it means.
+        self.messages: dict[int, tuple[int, int]] = {}
+        fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(6)]
+        for vector, fd in enumerate(fds):
+            self.add_irqfd(fd, 24 + vector)
+        self.function = VirtioPci(device, vector_fds=fds, route=self._route, worker=worker, vectors=len(fds))
+        # This is what firmware does on a bus: it gives the BAR its place.
+        self.function.config_write(0x10, 4, BAR)
+        self.notified_at: int | None = None
+
+    def _set_cpuid(self) -> None:
+        """The guest's processor is what KVM can give it, and the first of its kind."""
+        found = bytearray(8 + 40 * 256)
+        struct.pack_into("=I", found, 0, 256)
+        fcntl.ioctl(self.kvm, GET_SUPPORTED_CPUID, found)
+        for place in range(8, 8 + 40 * struct.unpack_from("=I", found)[0], 40):
+            leaf, _, _, _, ebx, ecx = struct.unpack_from("=6I", found, place)
+            if leaf == 1:
+                ecx |= 1 << 31 | 1 << 24  # there is a hypervisor, and a timer of its TSC
+                struct.pack_into("=II", found, place + 16, ebx & 0xFFFF, ecx)  # APIC 0, of one
+            elif leaf in (0xB, 0x1F):
+                struct.pack_into("=III", found, place + 16, 0, ecx & 0xFF, 0)
+        fcntl.ioctl(self.vcpu, SET_CPUID, found)
+
+    def _route(self, vector: int, address: int, data: int) -> None:
+        """The table has the lines of the PC's controllers and our messages: it is replaced as a whole."""
+        self.messages[vector] = address, data
+        entries = [(line, 2, line) for line in range(24)]
+        entries += [(line, line // 8, line % 8) for line in range(16)]
+        table = [struct.pack("=IIIIII24x", line, ROUTE_PIN, 0, 0, chip, pin) for line, chip, pin in entries]
+        for number, (at, value) in self.messages.items():
+            message = at & 0xFFFFFFFF, at >> 32, value
+            table.append(struct.pack("=IIIIIII20x", 24 + number, ROUTE_MSI, 0, 0, *message))
+        fcntl.ioctl(self.vm, SET_ROUTING, bytearray(struct.pack("=II", len(table), 0) + b"".join(table)))
+
+    def boot(self, ram: mmap.mmap, kernel: bytes, initrd: bytes, arguments: str) -> None:
+        """Load a Linux and aim the vCPU at it: "The Linux/x86 Boot Protocol", 64-bit."""
+        version, flags = (
+            struct.unpack_from("<H", kernel, 0x206)[0],
+            struct.unpack_from("<H", kernel, 0x236)[0],
+        )
+        if kernel[0x202:0x206] != b"HdrS" or version < 0x20C or not flags & 1:
+            raise SystemExit("the kernel is no bzImage that can be entered with 64 bits")
+        load, init_size = struct.unpack_from("<QI", kernel, 0x258)
+        (initrd_max,) = struct.unpack_from("<I", kernel, 0x22C)
+        initrd_at = (min(len(ram), initrd_max + 1) - len(initrd)) & -4096
+        if load + init_size > initrd_at:
+            raise SystemExit(
+                f"kernel and initrd need {(load + init_size + len(initrd) >> 20) + 1} MiB of RAM"
+            )
+        begin = (kernel[0x1F1] + 1) * 512
+        ram[load : load + len(kernel) - begin] = kernel[begin:]
+        ram[initrd_at : initrd_at + len(initrd)] = initrd
+        parameters, tables, line_at = 0x7000, 0x9000, 0x20000
+        line = arguments.encode() + b"\0"
+        ram[line_at : line_at + len(line)] = line
+        page = bytearray(4096)
+        end = 0x202 + kernel[0x201]
+        page[0x1F1:end] = kernel[0x1F1:end]
+        page[0x210] = 0xFF  # a loader without a number
+        struct.pack_into("<II", page, 0x218, initrd_at, len(initrd))
+        struct.pack_into("<I", page, 0x228, line_at)
+        usable = [(0, 0x9FC00), (MIB, len(ram) - MIB)]
+        usable += [(region.guest_address, region.size) for region in self.memory.regions[1:]]
+        page[0x1E8] = len(usable)
+        for number, (at, size) in enumerate(usable):
+            struct.pack_into("<QQI", page, 0x2D0 + 20 * number, at, size, 1)
+        ram[parameters : parameters + 4096] = bytes(page)
+        # Its first page tables: 4 GiB, where they are.
+        directories = [tables + 0x2000 + 0x1000 * n for n in range(4)]
+        ram[tables : tables + 8] = struct.pack("<Q", tables + 0x1000 | 3)
+        ram[tables + 0x1000 : tables + 0x1020] = struct.pack("<4Q", *(at | 3 for at in directories))
+        large = struct.pack("<2048Q", *(n << 21 | 0x83 for n in range(2048)))
+        ram[tables + 0x2000 : tables + 0x6000] = large
+        segments = segment(0x10, 11, is_32=False, is_64=True) + 5 * segment(0x18, 3)
+        control = {224: 0x80000011, 240: tables, 248: 0x20, 264: 0x500}  # CR0, CR3, CR4, EFER
+        self.set_registers(segments, control, rip=load + 0x200, rsi=parameters)
+
+    def mmio_read(self, address: int, size: int) -> int:
+        bar = self.function.bar
+        if bar is not None and 0 <= address - bar < self.function.bar_bytes:
+            return self.function.bar_read(address - bar, size)
+        return super().mmio_read(address, size)
+
+    def mmio_write(self, address: int, size: int, value: int) -> None:
+        bar = self.function.bar
+        if bar is not None and 0 <= address - bar < self.function.bar_bytes:
+            self.function.bar_write(address - bar, size, value)
+
+    def port_read(self, port: int, size: int) -> int:
+        if SERIAL <= port < SERIAL + 8:
+            return self.uart.read(port - SERIAL)
+        if port == PCI_ADDRESS and size == 4:
+            return self.address
+        if port == CLOCK:
+            return 0  # which is no time; all ones would be a clock that is never ready
+        if PCI_DATA <= port < PCI_DATA + 4 and self.address >> 31:
+            offset = self.address & 0xFC | port & 3
+            if self.address & 0xFFFF00 == 0:
+                return int.from_bytes(self.bridge[offset : offset + size], "little")
+            if self.address & 0xFFFF00 == 0x000800:
+                return self.function.config_read(offset, size)
+        return super().port_read(port, size)
+
+    def port_write(self, port: int, size: int, value: int) -> None:
+        if SERIAL <= port < SERIAL + 8:
+            self.say(self.uart.write(port - SERIAL, value))
+        elif port == PCI_ADDRESS and size == 4:
+            self.address = value
+        elif PCI_DATA <= port < PCI_DATA + 4 and self.address & 0x80FFFF00 == 0x80000800:
+            self.function.config_write(self.address & 0xFC | port & 3, size, value)
+            self._move_notifications()
+
+    def _move_notifications(self) -> None:
+        """The ioeventfds lie in the BAR, wherever that is now."""
+        if self.function.bar == self.notified_at:
+            return
+        for flags, bar in ((DEASSIGN, self.notified_at), (0, self.function.bar)):
+            if bar is not None:
+                for index, fd in enumerate(self.function.notify_eventfds):
+                    self.ioeventfd(fd, bar + self.function.notify_offset(index), 2, flags)
+        self.notified_at = self.function.bar
+
+    def on_shutdown(self) -> str | int:
+        return 0  # Linux reboots like this
+
+
+def run_linux(options: argparse.Namespace, worker: Worker | None) -> int:
+    kernel = options.kernel.read_bytes()
+    initrd = options.initrd.read_bytes() if options.initrd else b""
+    size = options.memory * MIB
+    ram = mmap.mmap(-1, min(size, HOLE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = GuestMemory(ram)
+    if size > HOLE:
+        more = mmap.mmap(-1, size - HOLE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.add(more, guest_address=ABOVE)
+    device = Balloon(memory)
+    device.set_target(options.target * MIB)
+    machine = Pc(memory, device, worker)
+    machine.boot(ram, kernel, initrd, f"console=ttyS0 reboot=t panic=-1 {options.append}")
+    vcpu = threading.Thread(target=machine.run, name="vcpu", daemon=True)
+    vcpu.start()
+    code: int | None = None
+    shown = -1
+    while code is None:
+        wait(machine, machine.function, 1.0)
+        while not machine.said.empty():
+            said = machine.said.get()
+            if isinstance(said, int):
+                code = said
+                break
+            print(said[0], flush=True)
+            if said[0].startswith("FAILED"):
+                code = 1
+        held = memory.resident_bytes()
+        if abs(held - shown) >= 8 * MIB or code is not None:
+            shown = held
+            given = device.counters
+            print(
+                f"-- the host holds {held / MIB:.1f} MiB; reported {given.reported_bytes / MIB:.1f} MiB,"
+                f" in the balloon {device.actual_bytes / MIB:.1f} MiB, {given.system_calls} system calls",
+                flush=True,
+            )
+    print("-- the guest has ended" if code == 0 else "-- the guest has not ended as it should")
+    vcpu.join()
+    machine.function.close()
+    machine.close()
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--exits", action="store_true", help="serve queues within exits, without a worker")
+    parser.add_argument("--kernel", type=Path, help="a bzImage: boot Linux")
+    parser.add_argument("--initrd", type=Path, help="its initial RAM disk")
+    parser.add_argument("--append", default="", help="more arguments for the kernel")
+    parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="RAM of a Linux (%(default)s)")
+    parser.add_argument(
+        "--target", type=int, default=0, metavar="MIB", help="what the balloon is to hold of it"
+    )
+    options = parser.parse_args()
+    if options.memory < 64:
+        parser.error("a Linux needs 64 MiB at least")
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        print("/dev/kvm is not there, or not for this user")
+        return 1
+    worker = None if options.exits else Worker()
+    try:
+        return run_linux(options, worker) if options.kernel else run_small(worker)
+    finally:
+        if worker:
+            worker.close()
 
 
 if __name__ == "__main__":
