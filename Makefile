@@ -4,6 +4,7 @@
 #   make          build in place, into .venv       PYTHON=/path/to/python3   which Python .venv is made of
 #   make demo     reporting, live                  DEMO_ARGS='--guest driver'
 #   make test     the whole suite                  PYTEST_ARGS='-x -k ring'
+#   make test-nested   a stock Linux under examples/kvm_vmm.py, itself in a Linux that QEMU emulates
 #   make asan     the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer (PYTEST_ARGS too)
 #   make bench    all benchmarks, in about 5 minutes: build/bench has the JSON, a table, the pictures
 #                 BENCH_ARGS='-k walk'; BENCH_DOCS=1 renews those of docs/performance.md too
@@ -21,7 +22,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := build
-.PHONY: build demo test asan bench lint clean packages guest FORCE
+.PHONY: build demo test test-nested asan bench lint clean packages guest FORCE
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +31,7 @@ SETUP := $(BIN)/python -W ignore setup.py -q
 NATIVE := $(wildcard $(addprefix balloon/,*.pyx *.pxd *.h */*.pyx */*.pxd */*.h))
 GUEST_PACKAGES := user-mode-linux busybox-static
 COUNT_PACKAGES := $(if $(filter test bench,$(MAKECMDGOALS)),valgrind)
+QEMU_PACKAGES := $(if $(filter test-nested,$(MAKECMDGOALS)),qemu-system-x86 e2fsprogs)
 
 ifneq ($(BALLOON_SANITIZE),)
 $(error BALLOON_SANITIZE: sanitized modules are built apart, by `make asan`)
@@ -64,6 +66,9 @@ demo: build guest
 
 test: build guest
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-nested: build guest
+	BALLOON_REQUIRE=nested $(BIN)/python -m pytest -m nested -o faulthandler_timeout=0 tests/e2e/test_nested.py $(PYTEST_ARGS)
 
 # A fork of a process with threads can stop for ever in libasan's allocator: what forks is left to `make test`.
 # The in-place build is not touched. What is not native is copied anew, without what is gone from the tree.
@@ -102,8 +107,8 @@ lint: build
 	$(BIN)/python -m pytest -q -m 'not slow' tests/test_house.py $(PYTEST_ARGS)
 
 # Debian packages: what the build lacks (asked of the tools themselves, since PYTHON need not be Debian's),
-# what a real guest is made of, and what counts instructions. Without the latter two all goes on: the demo and
-# the tests say what they miss.
+# what a real guest is made of, and what counts instructions or emulates. Without these two all goes on: the demo
+# and the tests say what they miss.
 packages:
 	if [ -z '$(python)' ]; then
 	    echo 'balloon: $(PYTHON) is not Python 3.11 or newer: install it, or set PYTHON' >&2
@@ -122,7 +127,7 @@ packages:
 	}
 	wanted=($$(lacking))
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-	    for package in $(GUEST_PACKAGES) $(COUNT_PACKAGES); do
+	    for package in $(GUEST_PACKAGES) $(COUNT_PACKAGES) $(QEMU_PACKAGES); do
 	        state=$$(dpkg-query -W -f='$${Status}' $$package 2>/dev/null) || true
 	        [[ $$state == *' ok installed' ]] || wanted+=($$package)
 	    done

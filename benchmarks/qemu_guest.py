@@ -47,6 +47,8 @@ __all__ = [
 META_PACKAGE = "linux-image-cloud-amd64"
 MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
 """In the order in which they need each other; a kernel that lacks one has it built in."""
+FETCHED = ("drivers/virtio/*", "drivers/block/virtio_blk.ko*", "virt/lib/irqbypass.ko*", "arch/x86/kvm/*")
+"""The modules that may be wanted, and those by which a guest has KVM (`tests/e2e/outer.py`)."""
 OLDEST_WITH_OURS = (10, 2)
 LOOK_SECONDS = 0.05
 SYSTEM_ROOT = Path("/")
@@ -126,7 +128,7 @@ def fetch_kernel(cache: Path) -> None:
             uml_files.download([package_of(fields)], folder)
             (package,) = folder.glob("*.deb")
             uml_files.run_tool(["dpkg-deb", "-x", str(package), str(folder / "root")], timeout=600)
-            modules = folder.glob("root/lib/modules/*/kernel/drivers/virtio/*")
+            modules = [path for name in FETCHED for path in folder.glob(f"root/lib/modules/*/kernel/{name}")]
             for path in [*modules, *folder.glob("root/boot/vmlinuz-*")]:  # the last is looked for first
                 target = cache / path.relative_to(folder / "root")
                 target.parent.mkdir(parents=True, exist_ok=True)
