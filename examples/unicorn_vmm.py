@@ -4,8 +4,8 @@ One thread does it all: it emulates, serves the balloon's queues within the acce
 things when it has said something: python examples/unicorn_vmm.py, after pip install unicorn.
 
 Unicorn has no interrupt input. So the guest runs in slices, and between two of them, where an interrupt is
-due and the guest takes interrupts, the VMM does what a processor would: it pushes the frame and goes on at the
-gate.
+due and the guest takes interrupts, the VMM does what a processor would: it pushes the frame and goes on at
+the gate.
 """
 
 from __future__ import annotations
