@@ -36,8 +36,21 @@ def test_a_guest_on_kvm_gives_memory_back(
     """Its driver negotiates, reports, inflates, deflates and sends statistics, all by interrupts."""
     require("kvm", os.access("/dev/kvm", os.R_OK | os.W_OK), "/dev/kvm is not there, or not for this user")
     require("kvm", can_compile_guests(tmp_path), "gcc cannot compile freestanding programs with -m32")
+    assert_memory_comes_back("kvm_vmm.py", *options)
+
+
+@pytest.mark.e2e
+def test_a_guest_in_an_emulator_gives_memory_back(
+    require: Callable[[str, object, str], None], tmp_path: Path
+) -> None:
+    """The same guest, on every machine, with a callable for its interrupts."""
+    require("unicorn", can_compile_guests(tmp_path), "gcc cannot compile freestanding programs with -m32")
+    assert_memory_comes_back("unicorn_vmm.py")
+
+
+def assert_memory_comes_back(example: str, *options: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / "kvm_vmm.py"), *options],
+        [sys.executable, "-W", "error", str(EXAMPLES / example), *options],
         capture_output=True,
         text=True,
         timeout=100,

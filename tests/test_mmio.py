@@ -639,6 +639,31 @@ def test_contract_22_no_interrupt_comes_before_its_bit(rigs: Callable[..., Rig],
     assert rig.device.counters.chains >= 8000
 
 
+@pytest.mark.parametrize("event", ["used", "config"])
+@pytest.mark.parametrize("mode", ["sync-callable", "sync-eventfd"])
+def test_contract_22_the_bit_is_there_while_the_interrupt_is_sent(
+    rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch, mode: str, event: str
+) -> None:
+    """Contract 22: whoever is interrupted, and looks at once, finds what it is about."""
+    rig = rigs(mode)
+    rig.driver.start()
+    seen = []
+
+    def look(*what: object) -> None:
+        seen.append((what, rig.window.interrupt_status))  # an access would wait for the lock of the registers
+
+    monkeypatch.setattr(rig.driver, "interrupt", look)  # which the callable calls
+    if mode == "sync-eventfd":
+        monkeypatch.setattr(os, "eventfd_write", look)
+    if event == "config":
+        rig.window.apply(rig.device.set_target(MIB))
+    else:
+        rig.driver.queues[Role.REPORTING].post([(FREE, MIB, True)])
+        rig.write(Reg.QUEUE_NOTIFY, rig.index(Role.REPORTING))
+    sent = (rig.fd, 1) if mode == "sync-eventfd" else (True,)
+    assert seen == [(sent, {"used": 1, "config": 2}[event])]
+
+
 # Resets while a drain goes on.
 
 
