@@ -124,6 +124,11 @@ class Transport:
         return self._line.status.bits
 
     @property
+    def interrupt_failures(self) -> int:
+        """How often an interrupt could not be sent, which is logged and ends no exit loop; see `Line`."""
+        return self._line.failures
+
+    @property
     def pending(self) -> bool:
         """Whether `poll()` has something to do."""
         return self._is_ending or bool(self._pending)

@@ -145,11 +145,6 @@ class VirtioPci(CommonStructure):
         """Where in the BAR queue `index` is kicked, by a write of 2 bytes; for an ioeventfd of any value."""
         return NOTIFY + NOTIFY_MULTIPLIER * index
 
-    @property
-    def interrupt_failures(self) -> int:
-        """How often a callable for interrupts has raised, which is logged and ends no exit loop."""
-        return self._pin.failures
-
     def reset(self) -> None:
         """The machine is reset: the device, and what was written to the configuration space."""
         with self._lock:

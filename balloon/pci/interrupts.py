@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import select
 import threading
@@ -30,8 +29,6 @@ Message = Callable[[int, int, int], object]
 """Takes a vector, and the address and data of its message."""
 
 ALL: Final = INTERRUPT_USED | INTERRUPT_CONFIG
-
-_log = logging.getLogger(__name__)
 
 
 class PciInterrupts(Line):
@@ -55,8 +52,6 @@ class PciInterrupts(Line):
         self.table = table
         self.retarget: Callable[[], None] = lambda: None
         """Called without a lock when `call_fd` may say something else than before."""
-        self.failures = 0
-        """How often a callable of the embedder's has raised."""
         self._msix = msix
         self._vector_fds = None if vector_fds is None else tuple(vector_fds)
         self._route = route
@@ -183,9 +178,7 @@ class PciInterrupts(Line):
             try:
                 action()
             except Exception:
-                self.failures += 1
-                if self.failures & (self.failures - 1) == 0:  # the guest sets the pace, not the log's
-                    _log.exception("an interrupt could not be delivered (%d times)", self.failures)
+                self.fail()
             finally:
                 self._busy = False
 
