@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 from balloon._bell import StatusWord
+from balloon.errors import ConfigError
 
 __all__ = ["Interrupt", "Line"]
 
@@ -27,12 +28,16 @@ class Line:
     edge-triggered fires at each True. It is called by one thread at a time, outside all locks, and by whoever
     brings the event: a vCPU thread in `write()`, or the caller of `poll()`, `apply()` or `on_event()`.
 
-    An interrupt that cannot be sent, since the callable raises or the eventfd was closed, is counted and logged:
-    the guest decides when one is due, and must not end its VMM's exit loop with it.
+    An interrupt that cannot be sent, since the callable raises or the eventfd was closed, is counted and
+    logged: the guest decides when one is due, and must not end its VMM's exit loop with it.
     """
 
     def __init__(self, interrupt: Interrupt, *, worker: bool) -> None:
         if not callable(interrupt):
+            if not isinstance(interrupt, int):
+                raise ConfigError(
+                    f"an interrupt is the number of an eventfd or a callable, not {interrupt!r}"
+                )
             os.fstat(interrupt)  # an eventfd that is not open is told of here, not at the first interrupt
         self.status = StatusWord()
         self.failures = 0

@@ -57,7 +57,10 @@ class VirtioPci(CommonStructure):
     The structures lie in BAR `bar`, of `bar_bits` (64 or 32), which has `bar_bytes`. The function is
     conventional and has 256 bytes of configuration space; what lies behind reads as all ones.
 
-    :raise ConfigError: a number of vectors, a BAR, a queue size or ids that cannot be.
+    :raise ConfigError: a number of vectors, a BAR, a queue size or ids that cannot be; ways to interrupt that
+        do not go together, or none; or something is not what its name says.
+    :raise StateError: the worker is closed.
+    :raise OSError: one of `vector_fds` is not open, or there are no fds left.
     """
 
     def __init__(
