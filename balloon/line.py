@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable
 
 from balloon._bell import StatusWord
+from balloon.errors import ConfigError
 
 __all__ = ["Interrupt", "Line"]
+
+_log = logging.getLogger(__name__)
 
 Interrupt = int | Callable[[bool], object]
 """An eventfd, such as an irqfd of KVM, or a callable that takes the level of the line."""
@@ -23,12 +27,21 @@ class Line:
     serves lines of both kinds: one that is level-triggered takes the argument as it is, one that is
     edge-triggered fires at each True. It is called by one thread at a time, outside all locks, and by whoever
     brings the event: a vCPU thread in `write()`, or the caller of `poll()`, `apply()` or `on_event()`.
+
+    An interrupt that cannot be sent, since the callable raises or the eventfd was closed, is counted and
+    logged: the guest decides when one is due, and must not end its VMM's exit loop with it.
     """
 
     def __init__(self, interrupt: Interrupt, *, worker: bool) -> None:
         if not callable(interrupt):
+            if not isinstance(interrupt, int):
+                raise ConfigError(
+                    f"an interrupt is the number of an eventfd or a callable, not {interrupt!r}"
+                )
             os.fstat(interrupt)  # an eventfd that is not open is told of here, not at the first interrupt
         self.status = StatusWord()
+        self.failures = 0
+        """How often an interrupt could not be sent."""
         self._call: Callable[[bool], object] | None = None
         self._changed = False
         self._level = False
@@ -52,8 +65,18 @@ class Line:
         self.status.add(bits)
         self._changed = True
         if self._call is None:
-            with contextlib.suppress(BlockingIOError):  # full: it fires as it is
+            try:
                 os.eventfd_write(self.fd, 1)
+            except BlockingIOError:  # full: it fires as it is
+                pass
+            except OSError:
+                self.fail()
+
+    def fail(self) -> None:
+        """Count an exception that is being handled, and log it: the guest sets the pace, not the log's."""
+        self.failures += 1
+        if self.failures & (self.failures - 1) == 0:
+            _log.exception("an interrupt could not be delivered (%d times)", self.failures)
 
     def acknowledge(self, bits: int) -> None:
         """The driver has handled these; `deliver()` is due."""
@@ -78,6 +101,8 @@ class Line:
                 if level or self._level:
                     self._level = level
                     self._call(level)
+            except Exception:
+                self.fail()
             finally:
                 self._calling.release()
 

@@ -247,7 +247,9 @@ class GuestMemory:
         """
         with self._lock:
             if region not in self._regions:
-                raise ConfigError("this region is not part of this memory")
+                raise ConfigError(
+                    "this region is not part of this memory: remove() takes, once, what add() returned"
+                )
             self._swap([other for other in self._regions if other is not region], timeout)
             region._release()
 
@@ -261,7 +263,7 @@ class GuestMemory:
         with self._lock:
             old = self._regions
             if self._closed and regions:
-                raise StateError("this guest memory is closed")
+                raise StateError("this guest memory is closed: make another one")
             try:
                 for wanted in regions:
                     mapped.append(map_fd(wanted))
@@ -426,7 +428,12 @@ class GuestMemory:
         with self._lock:
             try:
                 if self._closed:
-                    raise StateError("this guest memory is closed")
+                    raise StateError("this guest memory is closed: make another one")
+                for number in (region.guest_address, region.host_address, region.size):
+                    if not hasattr(number, "__index__"):
+                        raise ConfigError(
+                            f"addresses and sizes are whole numbers of bytes, not {number!r}: divide with //"
+                        )
                 if region.guest_address < 0 or region.size == 0:
                     raise ConfigError(
                         f"{region.size} bytes at guest address {region.guest_address} cannot be: "

@@ -43,7 +43,9 @@ class VirtioMmio(Transport):
     The window offers RING_RESET in addition to what the device offers. A queue that is stopped by QueueReady
     and not reset goes on where it was when it is ready again.
 
-    :raise ConfigError: `queue_size`, the largest that a driver may choose, is no power of two from 32 on.
+    :raise ConfigError: `queue_size`, the largest that a driver may choose, is no power of two from 32 on; or
+        something is not what its name says.
+    :raise StateError: the worker is closed.
     :raise OSError: `interrupt` is an fd that is not open, or there are no fds left.
     """
 

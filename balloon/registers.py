@@ -10,12 +10,23 @@ from typing import Any, Final
 
 from balloon.errors import ConfigError
 from balloon.snapshot import check_fields, check_flag, check_list, check_number
-from balloon.spec import QUEUE_COUNT
+from balloon.spec import QUEUE_COUNT, QUEUE_SIZE_MAX, REPORTING_CAPACITY
 
-__all__ = ["FEATURE_WORDS", "Registers", "Ring"]
+__all__ = ["FEATURE_WORDS", "Registers", "Ring", "check_queue_size"]
 
 FEATURE_WORDS: Final = 4
 """Words of 32 feature bits that a driver may write; the standard has bits up to 127."""
+
+
+def check_queue_size(size: int) -> None:
+    """Refuse what cannot be the largest queue that a driver may choose.
+
+    :raise ConfigError: it is no power of two, or no reports fit in.
+    """
+    if not REPORTING_CAPACITY <= size <= QUEUE_SIZE_MAX or size & (size - 1):
+        raise ConfigError(
+            f"a queue size of {size} is not a power of two from {REPORTING_CAPACITY} to {QUEUE_SIZE_MAX}"
+        )
 
 
 @dataclass

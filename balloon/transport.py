@@ -27,15 +27,13 @@ from balloon._worker import Worker
 from balloon.device import Balloon, Effect
 from balloon.errors import BalloonError, ConfigError, GuestError, StateError
 from balloon.line import Line
-from balloon.registers import FEATURE_WORDS, Registers, Ring
+from balloon.registers import FEATURE_WORDS, Registers, Ring, check_queue_size
 from balloon.snapshot import check_fields, check_number
 from balloon.spec import (
     INTERRUPT_CONFIG,
     INTERRUPT_USED,
     KICK_ROUNDS,
     QUEUE_COUNT,
-    QUEUE_SIZE_MAX,
-    REPORTING_CAPACITY,
     Feature,
     Status,
 )
@@ -46,18 +44,29 @@ SNAPSHOT_VERSION: Final = 1
 EMBEDDERS: Final = Effect.STATS | Effect.HINTS | Effect.NEEDS_RESET
 
 
+def check_parts(device: object, worker: object, queue_size: int) -> None:
+    """Say at once what the guest's first accesses would show."""
+    if not isinstance(device, Balloon):
+        kind = type(device).__name__
+        raise ConfigError(f"a transport is made for a Balloon, not for {kind}: give it Balloon(memory)")
+    if worker is not None and not isinstance(worker, Worker):
+        raise ConfigError(f"a worker is a Worker, not {type(worker).__name__}: give it Worker()")
+    if worker is not None and worker.event_fd < 0:
+        raise StateError("this worker is closed: make another one")
+    check_queue_size(queue_size)
+
+
 class Transport:
     """What `VirtioMmio` is made of; see there."""
 
     def __init__(
         self, device: Balloon, line: Line, worker: Worker | None, queue_size: int, timeout: float
     ) -> None:
-        if not REPORTING_CAPACITY <= queue_size <= QUEUE_SIZE_MAX or queue_size & (queue_size - 1):
+        try:
+            check_parts(device, worker, queue_size)
+        except BalloonError:
             line.close()
-            raise ConfigError(
-                f"a queue size of {queue_size} is not a power of two"
-                f" from {REPORTING_CAPACITY} to {QUEUE_SIZE_MAX}"
-            )
+            raise
         self.device = device
         self.worker = worker
         self.queue_size = queue_size
@@ -124,6 +133,11 @@ class Transport:
         return self._line.status.bits
 
     @property
+    def interrupt_failures(self) -> int:
+        """How often an interrupt could not be sent, which is logged and ends no exit loop; see `Line`."""
+        return self._line.failures
+
+    @property
     def pending(self) -> bool:
         """Whether `poll()` has something to do."""
         return self._is_ending or bool(self._pending)
@@ -158,6 +172,8 @@ class Transport:
 
     def apply(self, effect: Effect) -> None:
         """Do what a call of the device's has asked for: `apply(device.set_target(n))`."""
+        if not isinstance(effect, Effect):
+            raise ConfigError("apply() takes an Effect, such as the second of what request_stats() returns")
         with self._lock:
             self._take(effect, None)
         self._line.deliver()

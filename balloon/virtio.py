@@ -82,6 +82,8 @@ class VirtioDevice:
             raise ConfigError(
                 f"a device works on GuestMemory, not on {type(memory).__name__}: give it GuestMemory(buffer)"
             )
+        if memory._closed:
+            raise StateError("this guest memory is closed: make another one")
         if numbering not in ("linux", "spec"):
             raise ConfigError(f'numbering is "linux" or "spec", not {numbering!r}')
         if guest_byteorder not in ("little", "big"):
@@ -239,6 +241,10 @@ class VirtioDevice:
     # The target.
 
     def _check_target(self, target_bytes: int) -> None:
+        if not hasattr(target_bytes, "__index__"):
+            raise ConfigError(
+                f"a target is a whole number of bytes, such as ram_bytes // 2, and not {target_bytes!r}"
+            )
         if target_bytes < 0 or target_bytes % PAGE_BYTES or target_bytes >> PAGE_SHIFT > 0xFFFFFFFF:
             raise ConfigError(
                 f"a target of {target_bytes} bytes is not a multiple of {PAGE_BYTES} between 0 and 16 TiB"

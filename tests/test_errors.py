@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from balloon import Balloon, BalloonError, ConfigError, GuestMemory, StateError, Worker
+from balloon import (
+    Balloon,
+    BalloonError,
+    ConfigError,
+    Effect,
+    GuestMemory,
+    StateError,
+    VirtioMmio,
+    VirtioPci,
+    Worker,
+)
 from balloon.testing import Driver, GuestRam
 
 MIB = 1 << 20
@@ -52,6 +62,27 @@ def attached_twice() -> None:
         device.notify(0)
 
 
+def window(**options: Any) -> VirtioMmio:
+    return VirtioMmio(Balloon(GuestMemory(ram())), **({"interrupt": bool} | options))
+
+
+def function(**options: Any) -> VirtioPci:
+    return VirtioPci(Balloon(GuestMemory(ram())), **options)
+
+
+def closed_worker() -> Worker:
+    worker = Worker(threaded=False)
+    worker.close()
+    return worker
+
+
+def closed_memory() -> GuestMemory:
+    memory = GuestMemory(ram())
+    memory.close()
+    return memory
+
+
+NO_FD = 1 << 30
 WRONG: dict[str, tuple[Callable[[], Any], type[BalloonError], str]] = {
     "memory that overlaps": (
         two_at_one_address,
@@ -136,6 +167,101 @@ WRONG: dict[str, tuple[Callable[[], Any], type[BalloonError], str]] = {
         StateError,
         "statistics were not offered: make the device with stats=True",
     ),
+    "a guest address that is a float": (
+        lambda: GuestMemory().add(ram(), guest_address=MIB / 2),  # type: ignore[arg-type]
+        ConfigError,
+        "addresses and sizes are whole numbers of bytes, not 524288.0: divide with //",
+    ),
+    "memory that is removed by its address": (
+        lambda: GuestMemory(ram()).remove(0),  # type: ignore[arg-type]
+        ConfigError,
+        "this region is not part of this memory: remove() takes, once, what add() returned",
+    ),
+    "a device on closed memory": (
+        lambda: Balloon(closed_memory()),
+        StateError,
+        "this guest memory is closed: make another one",
+    ),
+    "memory for a device that was closed": (
+        lambda: closed_memory().add(ram()),
+        StateError,
+        "this guest memory is closed: make another one",
+    ),
+    "a target that is a float": (
+        lambda: Balloon(GuestMemory(ram())).set_target(MIB / 2),  # type: ignore[arg-type]
+        ConfigError,
+        "a target is a whole number of bytes, such as ram_bytes // 2, and not 524288.0",
+    ),
+    "a target in words": (
+        lambda: Balloon(GuestMemory(ram())).set_target("1G"),  # type: ignore[arg-type]
+        ConfigError,
+        "a target is a whole number of bytes, such as ram_bytes // 2, and not '1G'",
+    ),
+    "a window on memory": (
+        lambda: VirtioMmio(GuestMemory(ram()), interrupt=bool),  # type: ignore[arg-type]
+        ConfigError,
+        "a transport is made for a Balloon, not for GuestMemory: give it Balloon(memory)",
+    ),
+    "a function on memory": (
+        lambda: VirtioPci(GuestMemory(ram()), intx=bool),  # type: ignore[arg-type]
+        ConfigError,
+        "a transport is made for a Balloon, not for GuestMemory: give it Balloon(memory)",
+    ),
+    "a worker that is none": (
+        lambda: window(worker=True),
+        ConfigError,
+        "a worker is a Worker, not bool: give it Worker()",
+    ),
+    "a worker that is closed": (
+        lambda: window(worker=closed_worker()),
+        StateError,
+        "this worker is closed: make another one",
+    ),
+    "no interrupt": (
+        lambda: window(interrupt=None),
+        ConfigError,
+        "an interrupt is the number of an eventfd or a callable, not None",
+    ),
+    "an object that has an fd as interrupt": (
+        lambda: window(interrupt=sys.stdin),
+        ConfigError,
+        f"an interrupt is the number of an eventfd or a callable, not {sys.stdin!r}",
+    ),
+    "a function that cannot interrupt": (
+        lambda: function(),
+        ConfigError,
+        "there is no way to interrupt the guest: give msix, vector_fds or intx",
+    ),
+    "both ways to send messages": (
+        lambda: function(msix=max, vector_fds=[0] * 6),
+        ConfigError,
+        "messages go to msix or to vector_fds, not to both",
+    ),
+    "routes for nothing": (
+        lambda: function(msix=max, route=max),
+        ConfigError,
+        "route tells of the messages of vector_fds: give it with them",
+    ),
+    "an eventfd as msix": (
+        lambda: function(msix=3),
+        ConfigError,
+        "msix is a callable, not 3: eventfds are vector_fds",
+    ),
+    "an eventfd as intx": (
+        lambda: function(intx=3),
+        ConfigError,
+        "intx is a callable, not 3: eventfds are vector_fds",
+    ),
+    "one eventfd for all vectors": (
+        lambda: function(vector_fds=3),
+        ConfigError,
+        "vector_fds are the numbers of eventfds, one for each of 6 vectors, not 3",
+    ),
+    "what request_stats() returns, applied as it is": (
+        lambda: window().apply((object(), Effect.NONE)),  # type: ignore[arg-type]
+        ConfigError,
+        "apply() takes an Effect, such as the second of what request_stats() returns",
+    ),
 }
 
 
@@ -147,6 +273,19 @@ def test_a_mistake_costs_one_line_that_says_what_to_do(what: str) -> None:
     assert type(wrong.value) is kind
     # "…" stands for what Python or numpy says, which is another thing in another version.
     assert re.fullmatch(re.escape(text).replace("…", "[^;\n]{5,60}"), str(wrong.value)), str(wrong.value)
+
+
+def test_an_interrupt_fd_that_is_not_open_is_told_of_at_once() -> None:
+    """Not when the guest's first interrupt is due."""
+    for make in (lambda: window(interrupt=NO_FD), lambda: function(vector_fds=[NO_FD] * 6)):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            make()
+
+
+def test_whole_numbers_of_numpy_are_taken() -> None:
+    memory = GuestMemory()
+    memory.add(ram(), guest_address=np.int64(MIB))
+    assert Balloon(memory).set_target(np.int64(4096)) is Effect.NONE
 
 
 def test_a_kick_before_the_device_is_configured_is_the_guests_and_does_nothing() -> None:

@@ -1020,3 +1020,26 @@ def test_after_close_nothing_is_written_to_fds_that_are_somebody_elses(rigs: Cal
     assert rig.read(Reg.STATUS) == 0
     with pytest.raises(AssertionError, match="does not become ready"):
         rig.driver.start()
+
+
+def test_an_interrupt_that_cannot_be_sent_does_not_end_the_exit_loop(rigs: Callable[..., Rig]) -> None:
+    """The guest decides when one is due: with a callable that raises, or an irqfd that was closed too early."""
+    raising = rigs()
+    raising.driver.start()
+
+    def fail(level: bool) -> None:
+        raise RuntimeError("the VMM's own")
+
+    raising.window._line._call = fail
+    early = rigs("sync-eventfd")
+    early.driver.start()
+    os.close(early.fd)
+    early.fd = -1
+    for rig in (raising, early):
+        ring = rig.driver.queues[Role.REPORTING]
+        ring.ask_for_call()
+        ring.post([(FREE, MIB, True)])
+        rig.write(Reg.QUEUE_NOTIFY, rig.index(Role.REPORTING))
+        assert rig.window.interrupt_failures == 1
+        assert rig.read(Reg.INTERRUPT_STATUS) == 1
+        assert len(ring.take_used()) == 1

@@ -57,7 +57,10 @@ class VirtioPci(CommonStructure):
     The structures lie in BAR `bar`, of `bar_bits` (64 or 32), which has `bar_bytes`. The function is
     conventional and has 256 bytes of configuration space; what lies behind reads as all ones.
 
-    :raise ConfigError: a number of vectors, a BAR, a queue size or ids that cannot be.
+    :raise ConfigError: a number of vectors, a BAR, a queue size or ids that cannot be; ways to interrupt that
+        do not go together, or none; or something is not what its name says.
+    :raise StateError: the worker is closed.
+    :raise OSError: one of `vector_fds` is not open, or there are no fds left.
     """
 
     def __init__(
@@ -144,11 +147,6 @@ class VirtioPci(CommonStructure):
     def notify_offset(self, index: int) -> int:
         """Where in the BAR queue `index` is kicked, by a write of 2 bytes; for an ioeventfd of any value."""
         return NOTIFY + NOTIFY_MULTIPLIER * index
-
-    @property
-    def interrupt_failures(self) -> int:
-        """How often a callable for interrupts has raised, which is logged and ends no exit loop."""
-        return self._pin.failures
 
     def reset(self) -> None:
         """The machine is reset: the device, and what was written to the configuration space."""

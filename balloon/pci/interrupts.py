@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import select
 import threading
@@ -31,8 +30,6 @@ Message = Callable[[int, int, int], object]
 
 ALL: Final = INTERRUPT_USED | INTERRUPT_CONFIG
 
-_log = logging.getLogger(__name__)
-
 
 class PciInterrupts(Line):
     """Which vector each event is mapped to, and the way to the embedder: see `VirtioPci`."""
@@ -48,6 +45,23 @@ class PciInterrupts(Line):
         intx: Callable[[bool], object] | None,
         worker: bool,
     ) -> None:
+        for name, way in (("msix", msix), ("intx", intx)):
+            if way is not None and not callable(way):
+                raise ConfigError(f"{name} is a callable, not {way!r}: eventfds are vector_fds")
+        if msix is None and vector_fds is None and intx is None:
+            raise ConfigError("there is no way to interrupt the guest: give msix, vector_fds or intx")
+        if msix is not None and vector_fds is not None:
+            raise ConfigError("messages go to msix or to vector_fds, not to both")
+        if route is not None and vector_fds is None:
+            raise ConfigError("route tells of the messages of vector_fds: give it with them")
+        if vector_fds is not None:
+            if not isinstance(vector_fds, Sequence):
+                raise ConfigError(
+                    f"vector_fds are the numbers of eventfds, one for each of {table.vectors} vectors, "
+                    f"not {vector_fds!r}"
+                )
+            for fd in vector_fds:
+                os.fstat(fd)  # one that is not open is told of here, not at the first interrupt
         super().__init__(intx or (lambda level: None), worker=False)
         if vector_fds is not None and len(vector_fds) != table.vectors:
             raise ConfigError(f"there are {table.vectors} vectors, and {len(vector_fds)} eventfds for them")
@@ -55,8 +69,6 @@ class PciInterrupts(Line):
         self.table = table
         self.retarget: Callable[[], None] = lambda: None
         """Called without a lock when `call_fd` may say something else than before."""
-        self.failures = 0
-        """How often a callable of the embedder's has raised."""
         self._msix = msix
         self._vector_fds = None if vector_fds is None else tuple(vector_fds)
         self._route = route
@@ -183,9 +195,7 @@ class PciInterrupts(Line):
             try:
                 action()
             except Exception:
-                self.failures += 1
-                if self.failures & (self.failures - 1) == 0:  # the guest sets the pace, not the log's
-                    _log.exception("an interrupt could not be delivered (%d times)", self.failures)
+                self.fail()
             finally:
                 self._busy = False
 

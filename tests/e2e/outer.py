@@ -112,11 +112,11 @@ class OuterGuest(QemuGuest):
         """Load the modules, and mount the image."""
         for module in self.qemu_files.modules:
             self.run(f"insmod /lib/{module.name.partition('.')[0]}.ko")
-        self.run("mkdir -p /root && mount -t ext4 /dev/vda /root")
-        self.run("mount -t devtmpfs dev /root/dev && mount -t proc proc /root/proc")
+        self.run("mkdir -p /outer && mount -t ext4 /dev/vda /outer")
+        self.run("mount -t devtmpfs dev /outer/dev && mount -t proc proc /outer/proc")
 
     def run_python(self, *arguments: str, timeout: float) -> str:
         """Run the image's Python, and return what it printed."""
         python = Path(sys.executable).resolve()
         environment = f"PYTHONPATH={PYTHON_PATH} PYTHONHOME={sys.base_prefix}"
-        return self.run(f"{environment} chroot /root {python} {' '.join(arguments)} 2>&1", timeout)
+        return self.run(f"{environment} chroot /outer {python} {' '.join(arguments)} 2>&1", timeout)

@@ -69,6 +69,7 @@ def test_a_stock_linux_finds_its_balloon_on_the_pci_bus(outer: OuterGuest, optio
     )
     states = [tuple(map(float, found)) for found in state.findall(said)]
     assert max(balloon for _, _, balloon in states) == TARGET  # it is reset when Linux reboots
-    held, reported, _ = states[-1]
-    assert reported >= USED
-    assert held <= max(before for before, _, _ in states) - 0.7 * USED
+    peak, end = max(states), states[-1]
+    reported = end[1] - peak[1]
+    assert reported >= USED / 2  # Linux reports blocks of 2 MiB and more; not all that it freed is in such
+    assert peak[0] - end[0] >= 0.8 * reported
