@@ -428,7 +428,6 @@ def test_E11_the_config_bit_is_set_before_the_notification(make: Callable[..., V
     msix = make(msix=lambda *message: seen.append(msix.guest.isr()))
     msix.guest.use_msix()
     msix.driver().start()
-    msix.guest.write(CONFIG_VECTOR, 0)
     msix.pci.apply(msix.device.set_target(MIB))
     assert seen == [2, 2]
 
@@ -560,6 +559,7 @@ def test_E15_what_is_not_mapped_does_not_interrupt(make: Callable[..., Vmm], wor
     guest.use_msix()
     driver.start()
     index = driver.indices[Role.REPORTING]
+    guest.write(CONFIG_VECTOR, NO_VECTOR)
     guest.write(SELECT, index)
     guest.write(VECTOR, NO_VECTOR)
     queue = driver.queues[Role.REPORTING]
@@ -602,8 +602,6 @@ def test_a_driver_inflates_reports_deflates_and_sends_statistics(
     else:
         guest.use_msix()
     driver.start()
-    if how != "none":
-        guest.write(CONFIG_VECTOR, 0)
     vmm.interrupts(driver)
     vmm.ram.view(8 * MIB, 16 * MIB)[:] = 7
     assert vmm.memory.resident_bytes() >= 16 * MIB
@@ -1018,7 +1016,6 @@ def test_a_ring_that_breaks_is_told_of(make: Callable[..., Vmm]) -> None:
     guest, driver = vmm.guest, vmm.driver()
     guest.use_msix()
     driver.start()
-    guest.write(CONFIG_VECTOR, 0)
     driver.queues[Role.REPORTING].make_available(5000)
     guest.notify(driver.indices[Role.REPORTING])
     assert guest.read(STATUS) == UP | Status.NEEDS_RESET
@@ -1108,7 +1105,6 @@ def test_a_snapshot_brings_everything_back(make: Callable[..., Vmm], worker: boo
     guest, driver = vmm.guest, vmm.driver()
     guest.use_msix()
     driver.start()
-    guest.write(CONFIG_VECTOR, 0)
     vector = driver.indices[Role.REPORTING] + 1
     guest.mask(vector, True)
     post_report(vmm, driver)

@@ -271,9 +271,10 @@ class PciDevice:
             self.write(field, address & 0xFFFFFFFF)
             self.write(field + 4, address >> 32)
         if self.msix is not None and self.config(self.msix.place + 2, 2) & 0x8000:
-            self.write(VECTOR, index + 1)
-            if self.read(VECTOR) != index + 1:
-                raise DeviceError(f"queue {index} does not get vector {index + 1}")
+            for field, vector in ((CONFIG_VECTOR, 0), (VECTOR, index + 1)):
+                self.write(field, vector)
+                if self.read(field) != vector:
+                    raise DeviceError(f"queue {index} cannot be set up: vector {vector} is refused")
         self.write(ENABLE, 1)
         if self.read(ENABLE) != 1:
             raise DeviceError(f"queue {index} cannot be enabled")
