@@ -31,6 +31,11 @@ BIG_AT = 1 << 30
 """Guest address of the region with larger pages."""
 
 
+def examples(count: int) -> int:
+    """How many examples Hypothesis is to try: `count`, or that many percent of it as BALLOON_EXAMPLES says."""
+    return max(1, count * int(os.environ.get("BALLOON_EXAMPLES", "100")) // 100)
+
+
 def meminfo(name: str) -> int:
     """A number of /proc/meminfo."""
     with open("/proc/meminfo", encoding="ascii") as lines:

@@ -2,6 +2,7 @@
 
 BALLOON_EXPECT_BUILD=FOLDER  the run ends at once unless every native module comes from below FOLDER
 BALLOON_REQUIRE=uml,hugetlb  what `require` asks for by these names fails where it would be skipped
+BALLOON_EXAMPLES=30          so many percent of the examples of the longest random tests: see `bench.examples`
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench import Gate, thread, until
+from bench import Gate, examples, thread, until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -931,7 +931,7 @@ def works(rig: Rig) -> None:
     assert rig.is_empty()
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.too_slow])
 @given(accesses=st.lists(ACCESSES, max_size=60))
 def test_no_access_raises_and_the_device_stays_consistent(accesses: list[tuple[str, int, int, int]]) -> None:
     rig = Rig()

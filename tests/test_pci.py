@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from bench import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -1259,7 +1260,7 @@ COMMON_WRITE = st.tuples(
 
 
 @pytest.mark.parametrize("worker", [False, True])
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     accesses=st.lists(st.one_of(ACCESS, COMMON_WRITE), max_size=60),
     started=st.booleans(),

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -921,7 +922,7 @@ CHUNKS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     start=STARTS,
     chunks=st.lists(st.tuples(CHUNKS, st.integers(0, 40)), max_size=8),

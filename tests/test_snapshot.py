@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -277,7 +278,7 @@ def leaves(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path]
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(st.lists(st.tuples(st.sampled_from(leaves(GOOD)), ODD), min_size=1, max_size=3))
 def test_any_data_is_restored_or_refused(changes: list[tuple[tuple[Any, ...], Any]]) -> None:
     """It never raises anything but ConfigError, and a device that refused is as new."""

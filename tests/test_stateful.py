@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+from bench import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -341,5 +342,5 @@ class Machine(RuleBasedStateMachine):
 
 def test_driver_against_device() -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        Machine, settings=settings(max_examples=100, stateful_step_count=60, deadline=None)
+        Machine, settings=settings(max_examples=examples(100), stateful_step_count=60, deadline=None)
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -537,7 +538,7 @@ class Late(RuleBasedStateMachine):
 
 
 def test_a_late_reply_never_answers_the_next_request() -> None:
-    run_state_machine_as_test(Late, settings=settings(max_examples=200, stateful_step_count=40))
+    run_state_machine_as_test(Late, settings=settings(max_examples=examples(200), stateful_step_count=40))
 
 
 # History.

@@ -27,6 +27,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pytest
+from bench import examples
 
 from balloon._queue import DataQueue
 from balloon._worker import Worker
@@ -607,7 +608,7 @@ def test_close_from_two_threads() -> None:
 def test_contract_1_two_workers_want_the_same_queue() -> None:
     """Contract 1: of two threads that attach one queue, or two queues of one device, one gets it."""
     with Worker() as one, Worker() as two:
-        for number in range(200):
+        for number in range(examples(200)):
             bench = Bench()
             natives = [bench.native(Role.REPORTING), bench.native((Role.REPORTING, Role.INFLATE)[number % 2])]
             start = threading.Barrier(2)
