@@ -238,7 +238,7 @@ def run_small(worker: Worker | None) -> int:
     code: int | None = None
     until = time.monotonic() + 60
     answered = False
-    while code is None and time.monotonic() < until:
+    while (code is None or not answered) and time.monotonic() < until:
         wait(machine, window, 0.1)
         if window.take_effects() & Effect.STATS and device.stats and device.stats.token and not answered:
             answered = True
@@ -248,6 +248,7 @@ def run_small(worker: Worker | None) -> int:
             said = machine.said.get()
             if isinstance(said, int):
                 code = said
+                until = time.monotonic() + 2  # a worker may still be at what the guest has kicked last
                 break
             line, resident = said
             print(f"guest: {line:<20} the host holds {resident / MIB:5.1f} MiB", flush=True)
