@@ -413,13 +413,15 @@ def test_a_deflate_request_that_is_cut_short_forgets_the_account() -> None:
         # Two slices, with the page's parts in the second.
         numbers = [bench.first_page + 1000] * SLICE_WORK + bench.parts(3, range(8))
         head = bench.post_pages(numbers, Role.DEFLATE, at=bench.base)
+        other.post_report()
+        other.kick(Role.REPORTING)
+        bench.kick(Role.DEFLATE)
         for _ in range(3):  # other has its turn, then the deflate request, then other again
-            other.post_report()
-            other.kick(Role.REPORTING)
-            bench.kick(Role.DEFLATE)
             steps.inside()
             if bench.device.counters.deflated_bytes:
                 break
+            other.post_report()  # while it has its turn: it waits for the next one by the time the request is cut
+            other.kick(Role.REPORTING)
             steps.go()
         worker.detach(bench.native(Role.DEFLATE))
         steps.open()
@@ -444,13 +446,15 @@ def test_an_inflate_request_that_is_cut_short_without_must_tell_host() -> None:
         numbers = bench.parts(3, range(8)) + [0xFFFFFFFF] * (SLICE_WORK + 8)
         head = bench.post_pages(numbers, at=bench.base)
         with Recorder(steps):
+            other.post_report()
+            other.kick(Role.REPORTING)
+            bench.kick(Role.INFLATE)
             for _ in range(3):  # other has its turn, then the request, then other again
-                other.post_report()
-                other.kick(Role.REPORTING)
-                bench.kick(Role.INFLATE)
                 steps.inside()
                 if bench.device.counters.inflated_bytes:
                     break
+                other.post_report()  # while it has its turn: it waits for the next one by the time the request is cut
+                other.kick(Role.REPORTING)
                 steps.go()
             worker.detach(bench.native(Role.INFLATE))
             steps.open()
