@@ -109,8 +109,8 @@ lint: build
 	$(BIN)/python -m pytest -q -m 'not slow' tests/test_house.py $(PYTEST_ARGS)
 
 # Debian packages: what the build lacks (asked of the tools themselves, since PYTHON need not be Debian's),
-# what a real guest is made of, and what counts instructions or emulates. Without these two all goes on: the demo
-# and the tests say what they miss.
+# what a real guest is made of, what counts instructions, and QEMU for test-nested. Where the last three are missing
+# all goes on: the demo and the tests say what they miss.
 packages:
 	if [ -z '$(python)' ]; then
 	    echo 'balloon: $(PYTHON) is not Python 3.11 or newer: install it, or set PYTHON' >&2

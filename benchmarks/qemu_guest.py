@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import lzma
 import os
 import re
 import shutil
@@ -27,7 +26,7 @@ from guest_backend import BackEnd, State
 
 from balloon.errors import BalloonError
 from balloon.testing import uml_files
-from balloon.testing.initrd import Member, write_cpio
+from balloon.testing.initrd import PCI_MODULES, Member, read_module, write_cpio
 from balloon.testing.uml import UmlFiles, UmlGuest
 
 __all__ = [
@@ -45,8 +44,6 @@ __all__ = [
 ]
 
 META_PACKAGE = "linux-image-cloud-amd64"
-MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
-"""In the order in which they need each other; a kernel that lacks one has it built in."""
 FETCHED = ("drivers/virtio/*", "drivers/block/virtio_blk.ko*", "virt/lib/irqbypass.ko*", "arch/x86/kvm/*")
 """The modules that may be wanted, and those by which a guest has KVM (`tests/e2e/outer.py`)."""
 OLDEST_WITH_OURS = (10, 2)
@@ -107,7 +104,7 @@ def find_qemu(busybox: Path, cache: Path, name: str = "qemu-system-x86_64") -> Q
             found = {path.name.split(".")[0]: path for path in folder.glob("virtio*.ko*")}
             if "virtio_balloon" in found:
                 guest = UmlFiles(kernel, found["virtio_balloon"], busybox, release)
-                modules = tuple(found[name] for name in MODULES if name in found)
+                modules = tuple(found[name] for name in PCI_MODULES if name in found)
                 return QemuFiles(qemu, version, guest, modules)
     raise KernelMissing(f"no Debian cloud kernel in /boot nor in {cache}: --fetch gets it ({META_PACKAGE})")
 
@@ -210,10 +207,14 @@ class QemuGuest(UmlGuest):
     def __enter__(self) -> QemuGuest:
         return self
 
+    def load_modules(self, timeout: float = 60.0) -> None:
+        """Load what `qemu_files` has beside the balloon's own driver, in that order."""
+        for module in self.qemu_files.modules:
+            self.run(f"insmod /{_place(module)}", timeout)
+
     def load_balloon(self, *options: str, timeout: float = 60.0) -> None:
         """Load the driver and what it stands on."""
-        for module in self.qemu_files.modules:
-            self.run(f"insmod /{_member(module).name}", timeout)
+        self.load_modules(timeout)
         super().load_balloon(*options, timeout=timeout)
 
     def memory_file_bytes(self) -> int:
@@ -237,11 +238,12 @@ class QemuGuest(UmlGuest):
         return nanoseconds / 1e9
 
 
+def _place(module: Path) -> str:
+    return f"lib/{module.name.partition('.')[0]}.ko"
+
+
 def _member(module: Path) -> Member:
-    data = module.read_bytes()
-    if module.suffix == ".xz":
-        data = lzma.decompress(data)
-    return Member(f"lib/{module.name.split('.')[0]}.ko", 0o100644, data)
+    return Member(_place(module), 0o100644, read_module(module))
 
 
 class Qmp:

@@ -10,18 +10,11 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import lzma
 import struct
 import sys
 from pathlib import Path
 
-from balloon.testing.initrd import Member, write_cpio
-
-# In the order in which they need each other; what is not there is built in.
-MODULES = [
-    *("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"),
-    "virtio_balloon",
-]
+from balloon.testing.initrd import PCI_MODULES, Member, base_members, read_module, write_cpio
 
 INIT = """\
 #!/bin/busybox sh
@@ -55,13 +48,7 @@ def release_of(kernel: Path) -> str:
 
 
 def module_of(folder: Path, name: str) -> bytes | None:
-    for path in folder.glob(f"kernel/drivers/virtio/{name}.ko*"):
-        if path.suffix == ".xz":
-            return lzma.decompress(path.read_bytes())
-        if path.suffix != ".ko":
-            raise SystemExit(f"{path}: unpack it, this program can not")
-        return path.read_bytes()
-    return None
+    return next(map(read_module, folder.glob(f"kernel/drivers/virtio/{name}.ko*")), None)
 
 
 def main() -> int:
@@ -76,17 +63,15 @@ def main() -> int:
     )
     options = parser.parse_args()
     folder = options.kernel.resolve().parents[1] / "lib/modules" / release_of(options.kernel)
-    found = {name: module for name in MODULES if (module := module_of(folder, name)) is not None}
+    names = (*PCI_MODULES, "virtio_balloon")
+    found = {name: module for name in names if (module := module_of(folder, name)) is not None}
     if "virtio_balloon" not in found:
         print(
             f"{folder} has no virtio_balloon module; one that is built in would do without", file=sys.stderr
         )
     init = INIT.format(modules=" ".join(found), use=options.use)
     members = [
-        *(Member(name, 0o040755) for name in ("bin", "dev", "lib")),
-        Member("dev/console", 0o020600, device=(5, 1)),
-        Member("init", 0o100755, init.encode()),
-        Member("bin/busybox", 0o100755, options.busybox.read_bytes()),
+        *base_members(init.encode(), options.busybox),
         *(Member(f"lib/{name}.ko", 0o100644, module) for name, module in found.items()),
     ]
     options.initrd.write_bytes(gzip.compress(write_cpio(members), compresslevel=1, mtime=0))

@@ -26,12 +26,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from balloon.errors import ConfigError
 from balloon.testing.uml_files import UmlFiles
 
-__all__ = ["LINE_BYTES", "MODULE_PATH", "Member", "build_initrd", "escape_command", "write_cpio"]
+__all__ = [
+    "LINE_BYTES",
+    "MODULE_PATH",
+    "PCI_MODULES",
+    "Member",
+    "base_members",
+    "build_initrd",
+    "escape_command",
+    "read_module",
+    "write_cpio",
+]
 
 MODULE_PATH = "/lib/virtio_balloon.ko"
 """Where the guest has its balloon driver."""
+
+PCI_MODULES = ("virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
+"""What that driver needs on a PCI bus, in this order; a kernel that lacks one has it built in."""
 
 LINE_BYTES = 3968
 """The most that may wait, unread, in the guest's terminal (N_TTY_BUF_SIZE - TTY_THRESHOLD_THROTTLE).
@@ -87,21 +101,34 @@ def write_cpio(members: Iterable[Member]) -> bytes:
     return bytes(archive)
 
 
+def read_module(path: Path) -> bytes:
+    """Return a kernel module as `insmod` takes it, unpacked if it is packed with xz.
+
+    :raise ConfigError: it is packed otherwise.
+    """
+    if path.suffix not in (".ko", ".xz"):
+        raise ConfigError(f"{path} is packed in a way that is not known here: unpack it")
+    return lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+
+
+def base_members(init: bytes, busybox: Path) -> list[Member]:
+    """Return what any of these guests has: the script `/init`, and what it runs on."""
+    return [
+        *(Member(name, _DIRECTORY) for name in ("bin", "dev", "lib")),
+        Member("dev/console", _CHARACTER_DEVICE, device=(5, 1)),  # the kernel opens it before /init can mount
+        Member("init", _FILE, init),
+        Member("bin/busybox", _FILE, busybox.read_bytes()),
+    ]
+
+
 def build_initrd(files: UmlFiles, path: Path) -> None:
     """Write the gzip-compressed initial RAM disk for `files` to `path`; the same input gives the same bytes.
 
     :raise OSError: a file cannot be read or `path` not be written.
+    :raise ConfigError: the module is packed in a way that is not known here.
     """
-    module = files.module.read_bytes()
-    if files.module.suffix == ".xz":
-        module = lzma.decompress(module)
-    members = [
-        *(Member(name, _DIRECTORY) for name in ("bin", "dev", "lib")),
-        Member("dev/console", _CHARACTER_DEVICE, device=(5, 1)),  # the kernel opens it before /init can mount
-        Member("init", _FILE, _INIT),
-        Member("bin/busybox", _FILE, files.busybox.read_bytes()),
-        Member(MODULE_PATH.lstrip("/"), _FILE, module),
-    ]
+    members = base_members(_INIT, files.busybox)
+    members.append(Member(MODULE_PATH.lstrip("/"), _FILE, read_module(files.module)))
     path.write_bytes(gzip.compress(write_cpio(members), compresslevel=1, mtime=0))
 
 

@@ -110,8 +110,7 @@ class OuterGuest(QemuGuest):
 
     def load_kvm(self) -> None:
         """Load the modules, and mount the image."""
-        for module in self.qemu_files.modules:
-            self.run(f"insmod /lib/{module.name.partition('.')[0]}.ko")
+        self.load_modules()
         self.run("mkdir -p /outer && mount -t ext4 /dev/vda /outer")
         self.run("mount -t devtmpfs dev /outer/dev && mount -t proc proc /outer/proc")
 
