@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import mmap
 import os
-import queue
 import select
 import struct
 import subprocess
@@ -58,13 +57,15 @@ ROUTE_PIN, ROUTE_MSI = 1, 2
 class Machine:
     """One vCPU, RAM, and the interrupt controllers of a PC; a subclass has the devices."""
 
+    transport: VirtioMmio | VirtioPci
+
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
-        self.said: queue.SimpleQueue[tuple[str, int] | int] = queue.SimpleQueue()
-        """What comes of it: lines with what the host held then, at last an exit code."""
-        self.news = os.eventfd(0, os.EFD_CLOEXEC)  # something was said
-        self.code: str | int | None = None
+        self.code: str | int | None = None  # how it has ended
+        self.news = os.eventfd(0, os.EFD_CLOEXEC)  # it has said something, or ended
         self._text = ""
+        self._irqfds: list[int] = []
+        self._thread = threading.Thread(target=self._run, name="vcpu", daemon=True)
         self.kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         self.vm = fcntl.ioctl(self.kvm, CREATE_VM, 0)
         fcntl.ioctl(self.vm, SET_IDENTITY_MAP, struct.pack("=Q", IDENTITY_MAP))
@@ -76,34 +77,28 @@ class Machine:
         self.vcpu = fcntl.ioctl(self.vm, CREATE_VCPU, 0)
         self.run_area = mmap.mmap(self.vcpu, fcntl.ioctl(self.kvm, GET_VCPU_MMAP_SIZE, 0))
 
-    def add_irqfd(self, fd: int, line: int) -> None:
+    def irqfd(self, line: int) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._irqfds.append(fd)
         fcntl.ioctl(self.vm, IRQFD, struct.pack("=II24x", fd, line))
+        return fd
 
     def ioeventfd(self, fd: int, address: int, size: int, flags: int = 0, value: int = 0) -> None:
         fcntl.ioctl(self.vm, IOEVENTFD, struct.pack("=QQIiI36x", value, address, size, fd, flags))
 
-    def set_registers(self, segments: bytes, control: dict[int, int], **registers: int) -> None:
+    def set_registers(self, segments: bytes, control: dict[int, int], *, rip: int, rsi: int = 0) -> None:
         """`segments` are CS and the data segments; `control` has values by their place in kvm_sregs."""
         sregs = bytearray(fcntl.ioctl(self.vcpu, GET_SREGS, bytes(312)))
         sregs[: len(segments)] = segments
         for place, value in control.items():
             struct.pack_into("=Q", sregs, place, value)
         fcntl.ioctl(self.vcpu, SET_SREGS, bytes(sregs))
-        names = [
-            "rax",
-            "rbx",
-            "rcx",
-            "rdx",
-            "rsi",
-            "rdi",
-            "rsp",
-            "rbp",
-            *(f"r{n}" for n in range(8, 16)),
-            "rip",
-        ]
-        fcntl.ioctl(self.vcpu, SET_REGS, struct.pack("=18Q", *(registers.get(name, 0) for name in names), 2))
+        fcntl.ioctl(self.vcpu, SET_REGS, struct.pack("=18Q", *[0] * 4, rsi, *[0] * 11, rip, 2))
 
-    def run(self) -> None:
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
         """The vCPU's thread."""
         try:
             while self.code is None:
@@ -112,11 +107,7 @@ class Machine:
                     self._exit()
         except Exception as error:
             self.code = f"the vCPU's thread: {error!r}"
-        if isinstance(self.code, str):
-            self.say(f"FAILED: {self.code}\n")
-        else:
-            self.said.put(self.code or 0)
-            os.eventfd_write(self.news, 1)
+        os.eventfd_write(self.news, 1)
 
     def _exit(self) -> None:
         area = self.run_area
@@ -152,21 +143,41 @@ class Machine:
 
     def port_write(self, port: int, size: int, value: int) -> None:
         if port == SERIAL:
-            self.say(chr(value))
+            self.send(chr(value & 0xFF))
 
     def on_shutdown(self) -> str | int:
         return "a triple fault"
 
-    def say(self, text: str) -> None:
-        self._text += text
-        while "\n" in self._text:
-            line, _, self._text = self._text.partition("\n")
-            self.said.put((line.rstrip("\r"), self.memory.resident_bytes()))
-            os.eventfd_write(self.news, 1)
+    def on_line(self, line: str) -> None:
+        print(line, flush=True)
+
+    def send(self, character: str) -> None:
+        """The serial port: what is not printed holds the vCPU, so that no guest fills our memory."""
+        if character != "\n" and len(self._text) < 1000:
+            self._text += character
+            return
+        line, self._text = self._text.rstrip("\r"), ""
+        self.on_line(line)
+        os.eventfd_write(self.news, 1)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there is something to do, and do what is the device's."""
+        worker = self.transport.worker
+        fds = [self.news, *([worker.event_fd] if worker else []), self.transport.call_eventfd]
+        seconds = 0 if self.transport.pending else seconds
+        ready, _, _ = select.select([fd for fd in fds if fd >= 0], [], [], seconds)
+        if self.news in ready:
+            os.eventfd_read(self.news)
+        for kind, of, _ in worker.take_events() if worker else ():
+            self.transport.on_event(kind, of)
+        self.transport.poll()
 
     def close(self) -> None:
+        """Once it has ended."""
+        self._thread.join()
+        self.transport.close()
         self.run_area.close()
-        for fd in (self.vcpu, self.vm, self.kvm, self.news):
+        for fd in (self.vcpu, self.vm, self.kvm, self.news, *self._irqfds):
             os.close(fd)
 
 
@@ -190,14 +201,45 @@ def segment(selector: int, kind: int, *, is_32: bool = True, is_64: bool = False
     return struct.pack("=QIHBBBBBBBBBB", 0, 0xFFFFFFFF, selector, kind, 1, 0, is_32, 1, is_64, 1, 0, 0, 0)
 
 
+def small_ram() -> mmap.mmap:
+    """RAM with that guest in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        image = build(Path(folder))
+    ram = mmap.mmap(-1, RAM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    ram.madvise(mmap.MADV_NOHUGEPAGE)  # so that a page is a page in what is shown
+    ram[LOAD : LOAD + len(image)] = image
+    return ram
+
+
+def follow(line: str, memory: GuestMemory, window: VirtioMmio) -> None:
+    """That guest has printed a line: what the host holds now, and what the guest is asked for next."""
+    print(f"guest: {line:<20} the host holds {memory.resident_bytes() / MIB:5.1f} MiB", flush=True)
+    if line == "reported":
+        window.apply(window.device.set_target(8 * MIB))
+    elif line == "balloon 8 MiB":
+        window.apply(window.device.set_target(0))
+    elif line == "balloon 0 MiB":
+        window.apply(window.device.request_stats(time.monotonic())[1])
+
+
+def show_stats(window: VirtioMmio) -> bool:
+    """Show the guest's answer, if it has come."""
+    stats = window.device.stats
+    if not window.take_effects() & Effect.STATS or stats is None or not stats.token:
+        return False
+    free, total = (stats.free_bytes or 0) >> 20, (stats.total_bytes or 0) >> 20
+    print(f"  statistics: {free} of {total} MiB are free")
+    return True
+
+
 class Small(Machine):
     """The machine of examples/guest: a register window, and a port that ends it."""
 
-    def __init__(self, memory: GuestMemory, window: VirtioMmio, irqfd: int) -> None:
+    def __init__(self, memory: GuestMemory, worker: Worker | None) -> None:
         super().__init__(memory)
-        self.window = window
-        self.add_irqfd(irqfd, LINE)
-        for number, fd in enumerate(window.notify_eventfds):
+        self.window = VirtioMmio(Balloon(memory), interrupt=self.irqfd(LINE), worker=worker)
+        self.transport = self.window
+        for number, fd in enumerate(self.window.notify_eventfds):
             self.ioeventfd(fd, WINDOW + 0x50, 4, DATAMATCH, number)
         # 32 bits, flat, no paging: the guest begins at LOAD.
         self.set_registers(segment(8, 11) + 5 * segment(16, 3), {224: 0x11}, rip=LOAD)
@@ -220,64 +262,26 @@ class Small(Machine):
         else:
             super().port_write(port, size, value)
 
+    def on_line(self, line: str) -> None:
+        follow(line, self.memory, self.window)
+
 
 def run_small(worker: Worker | None) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        image = build(Path(folder))
-    ram = mmap.mmap(-1, RAM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    ram.madvise(mmap.MADV_NOHUGEPAGE)  # so that a page is a page in what is shown
-    ram[LOAD : LOAD + len(image)] = image
-    memory = GuestMemory(ram)
-    device = Balloon(memory)
-    irqfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    window = VirtioMmio(device, interrupt=irqfd, worker=worker)
-    machine = Small(memory, window, irqfd)
-    vcpu = threading.Thread(target=machine.run, name="vcpu", daemon=True)
-    vcpu.start()
-
-    code: int | None = None
+    machine = Small(GuestMemory(small_ram()), worker)
+    machine.start()
     until = time.monotonic() + 60
-    answered = False
-    while (code is None or not answered) and time.monotonic() < until:
-        wait(machine, window, 0.1)
-        if window.take_effects() & Effect.STATS and device.stats and device.stats.token and not answered:
-            answered = True
-            free, total = (device.stats.free_bytes or 0) >> 20, (device.stats.total_bytes or 0) >> 20
-            print(f"  statistics: {free} of {total} MiB are free")
-        while code is None and not machine.said.empty():
-            said = machine.said.get()
-            if isinstance(said, int):
-                code = said
-                until = time.monotonic() + 2  # a worker may still be at what the guest has kicked last
-                break
-            line, resident = said
-            print(f"guest: {line:<20} the host holds {resident / MIB:5.1f} MiB", flush=True)
-            if line.startswith("FAILED"):
-                until = 0
-            elif line == "reported":
-                window.apply(device.set_target(8 * MIB))
-            elif line == "balloon 8 MiB":
-                window.apply(device.set_target(0))
-            elif line == "balloon 0 MiB":
-                window.apply(device.request_stats(time.monotonic())[1])
+    has_ended = has_answered = False
+    while not (has_ended and has_answered) and time.monotonic() < until:
+        machine.wait(0.1)
+        has_answered = has_answered or show_stats(machine.window)
+        if machine.code is not None and not has_ended:
+            has_ended = True
+            until = time.monotonic() + 2  # a worker may still be at what the guest has kicked last
+    code = machine.code
     print("the guest has ended" if code == 0 else f"the guest has not ended as it should: {code}")
-    if code is not None:
-        vcpu.join()
+    if has_ended:
         machine.close()
-        window.close()
     return 0 if code == 0 else 1
-
-
-def wait(machine: Machine, window: VirtioMmio | VirtioPci, seconds: float) -> None:
-    """Wait until there is something to do, and do what is the device's."""
-    worker = window.worker
-    fds = [machine.news, *([worker.event_fd] if worker else []), window.call_eventfd]
-    ready, _, _ = select.select([fd for fd in fds if fd >= 0], [], [], 0 if window.pending else seconds)
-    if machine.news in ready:
-        os.eventfd_read(machine.news)
-    for kind, of, _ in worker.take_events() if worker else ():
-        window.on_event(kind, of)
-    window.poll()
 
 
 # A Linux.
@@ -320,16 +324,14 @@ class Pc(Machine):
         super().__init__(memory)
         fcntl.ioctl(self.vm, CREATE_PIT, struct.pack("=I60x", 1))
         self._set_cpuid()
-        self.uart = Uart(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
-        self.add_irqfd(self.uart.irqfd, SERIAL_LINE)
+        self.uart = Uart(self.irqfd(SERIAL_LINE))
         self.address = 0
         self.bridge = struct.pack("<HHHHBBBB", 0x8086, 0x1237, 0, 0, 0, 0, 0, 6).ljust(256, b"\0")
         # A message signalled interrupt is a line too, from the 24th on, once `route` has said what it means.
         self.messages: dict[int, tuple[int, int]] = {}
-        fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(6)]
-        for vector, fd in enumerate(fds):
-            self.add_irqfd(fd, 24 + vector)
+        fds = [self.irqfd(24 + vector) for vector in range(6)]
         self.function = VirtioPci(device, vector_fds=fds, route=self._route, worker=worker, vectors=len(fds))
+        self.transport = self.function
         # This is what firmware does on a bus: it gives the BAR its place.
         self.function.config_write(0x10, 4, BAR)
         self.notified_at: int | None = None
@@ -361,11 +363,12 @@ class Pc(Machine):
 
     def boot(self, ram: mmap.mmap, kernel: bytes, initrd: bytes, arguments: str) -> None:
         """Load a Linux and aim the vCPU at it: "The Linux/x86 Boot Protocol", 64-bit."""
-        version, flags = (
-            struct.unpack_from("<H", kernel, 0x206)[0],
-            struct.unpack_from("<H", kernel, 0x236)[0],
+        header = kernel[:1024].ljust(1024, b"\0")
+        (version,), (flags,) = (
+            struct.unpack_from("<H", header, 0x206),
+            struct.unpack_from("<H", header, 0x236),
         )
-        if kernel[0x202:0x206] != b"HdrS" or version < 0x20C or not flags & 1:
+        if header[0x202:0x206] != b"HdrS" or version < 0x20C or not flags & 1:
             raise SystemExit("the kernel is no bzImage that can be entered with 64 bits")
         load, init_size = struct.unpack_from("<QI", kernel, 0x258)
         (initrd_max,) = struct.unpack_from("<I", kernel, 0x22C)
@@ -374,7 +377,7 @@ class Pc(Machine):
             raise SystemExit(
                 f"kernel and initrd need {(load + init_size + len(initrd) >> 20) + 1} MiB of RAM"
             )
-        begin = (kernel[0x1F1] + 1) * 512
+        begin = ((kernel[0x1F1] or 4) + 1) * 512
         ram[load : load + len(kernel) - begin] = kernel[begin:]
         ram[initrd_at : initrd_at + len(initrd)] = initrd
         parameters, tables, line_at = 0x7000, 0x9000, 0x20000
@@ -430,7 +433,8 @@ class Pc(Machine):
 
     def port_write(self, port: int, size: int, value: int) -> None:
         if SERIAL <= port < SERIAL + 8:
-            self.say(self.uart.write(port - SERIAL, value))
+            for character in self.uart.write(port - SERIAL, value & 0xFF):
+                self.send(character)
         elif port == PCI_ADDRESS and size == 4:
             self.address = value
         elif PCI_DATA <= port < PCI_DATA + 4 and self.address & 0x80FFFF00 == 0x80000800:
@@ -464,22 +468,13 @@ def run_linux(options: argparse.Namespace, worker: Worker | None) -> int:
     device.set_target(options.target * MIB)
     machine = Pc(memory, device, worker)
     machine.boot(ram, kernel, initrd, f"console=ttyS0 reboot=t panic=-1 {options.append}")
-    vcpu = threading.Thread(target=machine.run, name="vcpu", daemon=True)
-    vcpu.start()
-    code: int | None = None
-    shown = -1
-    while code is None:
-        wait(machine, machine.function, 1.0)
-        while not machine.said.empty():
-            said = machine.said.get()
-            if isinstance(said, int):
-                code = said
-                break
-            print(said[0], flush=True)
-            if said[0].startswith("FAILED"):
-                code = 1
+    machine.start()
+    shown, has_ended = -1, False
+    while not has_ended:
+        machine.wait(1.0)
+        has_ended = machine.code is not None
         held = memory.resident_bytes()
-        if abs(held - shown) >= 8 * MIB or code is not None:
+        if abs(held - shown) >= 8 * MIB or has_ended:
             shown = held
             given = device.counters
             print(
@@ -487,11 +482,10 @@ def run_linux(options: argparse.Namespace, worker: Worker | None) -> int:
                 f" in the balloon {device.actual_bytes / MIB:.1f} MiB, {given.system_calls} system calls",
                 flush=True,
             )
-    print("-- the guest has ended" if code == 0 else "-- the guest has not ended as it should")
-    vcpu.join()
-    machine.function.close()
+    code = machine.code
+    print("-- the guest has ended" if code == 0 else f"-- the guest has not ended as it should: {code}")
     machine.close()
-    return code
+    return 0 if code == 0 else 1
 
 
 def main() -> int:

@@ -13,15 +13,13 @@ from __future__ import annotations
 import mmap
 import struct
 import sys
-import tempfile
 import time
-from pathlib import Path
 
-from kvm_vmm import EXIT_PORT, LINE, LOAD, RAM, SERIAL, WINDOW, build
+from kvm_vmm import EXIT_PORT, LINE, LOAD, RAM, SERIAL, WINDOW, follow, show_stats, small_ram
 from unicorn import UC_ARCH_X86, UC_HOOK_INSN, UC_MODE_32, UC_PROT_ALL, Uc, UcError
 from unicorn import x86_const as x86
 
-from balloon import Balloon, Effect, GuestMemory, VirtioMmio
+from balloon import Balloon, GuestMemory, VirtioMmio
 
 INTERRUPTS_ON = 1 << 9  # IF, in EFLAGS
 SLICE = 1000  # instructions: so late may an interrupt be
@@ -67,15 +65,14 @@ class InterruptController:
 class Machine:
     """A processor, RAM, an interrupt controller, a serial port, and the register window of a device."""
 
-    def __init__(self, ram: mmap.mmap) -> None:
-        self.memory = GuestMemory(ram)
-        self.device = Balloon(self.memory)
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
         self.interrupts = InterruptController(LINE)
-        self.window = VirtioMmio(self.device, interrupt=self.interrupts.set_level)
+        self.window = VirtioMmio(Balloon(memory), interrupt=self.interrupts.set_level)
         self.code: int | None = None
         self._text = ""
         self.uc = Uc(UC_ARCH_X86, UC_MODE_32)  # flat, as the guest wants it
-        for region in self.memory.regions:  # the same pages: what is discarded is so for it too
+        for region in memory.regions:  # the same pages: what is discarded is so for it too
             self.uc.mem_map_ptr(region.guest_address, region.size, UC_PROT_ALL, region.host_address)
         self.uc.mmio_map(WINDOW, mmap.PAGESIZE, self._read, None, self._write, None)
         self.uc.hook_add(UC_HOOK_INSN, self._out, None, 1, 0, x86.UC_X86_INS_OUT)
@@ -112,16 +109,13 @@ class Machine:
 
     def _write(self, uc: Uc, offset: int, size: int, value: int, data: object) -> None:
         self.window.write(offset, size, value)
-        stats = self.device.stats
-        if self.window.take_effects() & Effect.STATS and stats and stats.token:
-            free, total = (stats.free_bytes or 0) >> 20, (stats.total_bytes or 0) >> 20
-            print(f"  statistics: {free} of {total} MiB are free")
+        show_stats(self.window)
 
     def _out(self, uc: Uc, port: int, size: int, value: int, data: object) -> None:
         if port == SERIAL:
             self._text += chr(value & 0xFF)
             if self._text.endswith("\n"):
-                self._said(self._text[:-1])
+                follow(self._text[:-1], self.memory, self.window)
                 self._text = ""
         elif port == EXIT_PORT:
             self.code = value & 0xFF
@@ -129,25 +123,9 @@ class Machine:
         else:
             self.interrupts.write(port, value)
 
-    def _said(self, line: str) -> None:
-        """The guest has printed a line: what the host holds now, and what it is asked for next."""
-        held = self.memory.resident_bytes() / (1 << 20)
-        print(f"guest: {line:<20} the host holds {held:5.1f} MiB", flush=True)
-        if line == "reported":
-            self.window.apply(self.device.set_target(8 << 20))
-        elif line == "balloon 8 MiB":
-            self.window.apply(self.device.set_target(0))
-        elif line == "balloon 0 MiB":
-            self.window.apply(self.device.request_stats(time.monotonic())[1])
-
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        image = build(Path(folder))
-    ram = mmap.mmap(-1, RAM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    ram.madvise(mmap.MADV_NOHUGEPAGE)  # so that a page is a page in what is shown
-    ram[LOAD : LOAD + len(image)] = image
-    machine = Machine(ram)
+    machine = Machine(GuestMemory(small_ram()))
     code: int | UcError | None
     try:
         code = machine.run(seconds=60)

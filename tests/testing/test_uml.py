@@ -21,7 +21,14 @@ import pytest
 
 from balloon.errors import BalloonError, ConfigError, StateError
 from balloon.testing import uml, uml_files
-from balloon.testing.initrd import LINE_BYTES, Member, build_initrd, escape_command, write_cpio
+from balloon.testing.initrd import (
+    LINE_BYTES,
+    Member,
+    build_initrd,
+    escape_command,
+    read_module,
+    write_cpio,
+)
 from balloon.testing.uml import GuestCommandError, GuestEndedError, UmlGuest
 from balloon.testing.uml_files import UmlFiles, UmlUnavailable, choose_memory_folder, fetch_uml, find_uml
 
@@ -94,6 +101,13 @@ def test_initrd_has_what_a_guest_needs(files: UmlFiles, tmp_path: Path) -> None:
     assert members["dev/console"] == (0o020600, (5, 1), b"")
     assert members["bin/busybox"] == (0o100755, (0, 0), b"busybox")
     assert members["lib/virtio_balloon.ko"][2] == b"virtio_balloon.ko"
+
+
+def test_a_module_that_is_packed_otherwise_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"virtio\.ko\.zst is packed in a way that is not known here: unpack it"
+    ):
+        read_module(tmp_path / "virtio.ko.zst")
 
 
 def test_initrd_unpacks_a_compressed_module(files: UmlFiles, tmp_path: Path) -> None:
