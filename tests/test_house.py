@@ -48,7 +48,8 @@ ROOMS: tuple[tuple[str, ...], ...] = (
 """The floors, lowest first. A file imports from lower floors only, a package is one room."""
 
 FLOOR = {room: floor for floor, row in enumerate(ROOMS) for room in row}
-LENGTH = {".py": 500, ".pyi": 500, ".pyx": 400, ".pxd": 400, ".pxi": 400, ".h": 400}
+LENGTH = {".py": 700, ".pyi": 700, ".pyx": 650, ".pxd": 400, ".pxi": 400, ".h": 400}
+"""A long file is a smell: these bounds only stop a file that nobody would read."""
 
 
 class Import(NamedTuple):
@@ -352,7 +353,7 @@ def test_circle_in_a_package_is_seen(tmp_path: Path) -> None:
 def test_file_is_short(path: Path) -> None:
     lines = len(path.read_text().splitlines())
     assert lines <= LENGTH[path.suffix], (
-        f"{path.name} has {lines} lines: it has two jobs, find the second one a room"
+        f"{path.name} has {lines} lines: find its second job, and give that a room"
     )
 
 
