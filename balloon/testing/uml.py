@@ -47,6 +47,7 @@ from balloon.testing.uml_files import (
     fetch_uml,
     find_uml,
 )
+from balloon.testing.uml_xstate import find_preload
 
 __all__ = [
     "GuestCommandError",
@@ -166,6 +167,9 @@ class UmlGuest:
             raise StateError("a UmlGuest starts once")
         self.folder.mkdir(parents=True, exist_ok=True)
         build_initrd(self.files, self.folder / "initrd.gz")
+        environment = {**os.environ, "TMPDIR": str(self.memory_folder)}
+        if (library := find_preload()) is not None:
+            environment["LD_PRELOAD"] = str(library)
         deadline = time.monotonic() + timeout
         log = self.log_path.open("wb")
         guest_in, command_fd = os.pipe()
@@ -175,7 +179,7 @@ class UmlGuest:
             self._process = subprocess.Popen(
                 self.command_line(guest_in, guest_out),
                 cwd=self.folder,
-                env={**os.environ, "TMPDIR": str(self.memory_folder)},
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=guest_console,
                 stderr=subprocess.STDOUT,
