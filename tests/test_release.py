@@ -826,7 +826,7 @@ def test_what_waits_is_looked_at_while_it_is_asked_for_the_first_time() -> None:
                 bench.device.set_release_hook(lambda _: True, timeout=PATIENCE)
                 native = bench.native(Role.INFLATE)
                 # A slice that takes its time before it asks.
-                head = bench.post_pages([bench.first_page + 200] * (SLICE_WORK - 100), at=bench.base)
+                head = bench.post_pages([bench.first_page + 200] * (SLICE_WORK - 1000), at=bench.base)
                 bench.kick(Role.INFLATE)
                 end = time.monotonic() + PATIENCE
                 while (waiting := native.pending()) is None:
