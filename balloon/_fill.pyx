@@ -2,7 +2,7 @@
 
 Each `fill_*` goes on where it was cut short, adds to the reclaimer, and returns true at the chain's end or
 false when the slice is full (CONTRACTS 6). Lengths, addresses and payloads are the guest's: a bad range costs
-that range, a bad payload the rest of that buffer, and each is counted. Payload is decoded from a copy of ours.
+that range, a bad payload the rest of that buffer, and each is counted. Payload is decoded from a copy.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t

@@ -44,6 +44,8 @@ cdef uint64_t copy_in(const map_t *map, uint64_t address, void *copy, uint64_t s
 cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil
 cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t address,
                    uint64_t rest) noexcept nogil
+cdef int pop_copied(split_t *ring, const map_t *map, desc_t *copy, uint64_t table,
+                    uint32_t limit) noexcept nogil
 cdef bint split_publish(split_t *ring) noexcept nogil
 cdef void split_silence(split_t *ring) noexcept nogil
 cdef bint split_listen(split_t *ring) noexcept nogil

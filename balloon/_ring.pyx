@@ -21,7 +21,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from balloon._memory cimport GuestMap, map_find, map_host, map_t, region_t
+from balloon._memory cimport GuestMap, map_find, map_host, map_last, map_t, region_t
 from balloon._spec cimport (
     AVAIL_F_NO_INTERRUPT, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, FAULT_AVAILABLE_AHEAD, FAULT_HEAD_RANGE,
     FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
@@ -128,100 +128,108 @@ cdef void begin_ring(split_t *ring) noexcept nogil:
     store_once_u16(ring.used, 0)
 
 
-cdef int pop_table(split_t *ring, const map_t *map, desc_t *copy, uint64_t table,
-                   uint64_t rest) noexcept nogil:
-    """Pop the rest of a chain: what the indirect table holds that `table` and `rest` describe."""
-    cdef uint32_t length = <uint32_t>rest
-    cdef uint32_t limit = length / DESC_BYTES
+cdef int pop_copied(split_t *ring, const map_t *map, desc_t *copy, uint64_t table,
+                    uint32_t limit) noexcept nogil:
+    """Pop the rest of a chain from an indirect table of `limit` entries that lies in a file, in pieces.
+
+    As `pop_chain` does where tables can be read in place.
+    """
     cdef uint32_t position = 0
     cdef uint32_t first = 0       # of the entries that are copied,
-    cdef uint32_t count           # and how many they are
-    cdef uint32_t following
-    cdef uint64_t address
-    cdef const desc_t *end = ring.chain + ring.size
+    cdef uint32_t count = 0       # and how many they are
+    cdef uint64_t address, rest
     cdef char copied[TABLE_PIECE * DESC_BYTES]
-    cdef const char *begin
     cdef const char *entry
-    if not ring.indirect:
-        return -FAULT_INDIRECT_UNNEGOTIATED
-    if rest & FLAG_NEXT:
-        return -FAULT_INDIRECT_NEXT
-    if length == 0 or length % DESC_BYTES:
-        return -FAULT_INDIRECT_SIZE
-    begin = map_host(map, table, length)
-    if begin == NULL:
-        return -FAULT_INDIRECT_ADDRESS
-    count = limit
-    if map_find(map, table).fd >= 0:
-        begin = copied
-        count = 0
     while True:
         if position - first >= count:
             first = position
             count = limit - position if limit - position < TABLE_PIECE else TABLE_PIECE
             if not copy_whole(map, table + DESC_BYTES * <uint64_t>position, copied, DESC_BYTES * count):
                 return -FAULT_INDIRECT_ADDRESS
-        entry = begin + DESC_BYTES * <size_t>(position - first)
-        while True:  # those that lie in order
-            address = load_once_u64(entry)
-            rest = load_once_u64(entry + 8)
-            if ring.swapped:
-                address = swap_u64(address)
-                rest = swap_rest(rest)
-            if rest & FLAG_INDIRECT:
-                return -FAULT_INDIRECT_NESTED
-            if copy == end:
-                return -FAULT_LOOP
-            copy_descriptor(copy, address, rest)
-            copy += 1
-            if not rest & FLAG_NEXT:
-                ring.chain_length = <uint32_t>(copy - ring.chain)
-                ring.next_available += 1
-                return 1
-            following = <uint32_t>(rest >> 48)
-            if following >= limit:
-                return -FAULT_NEXT_RANGE
-            position += 1
-            entry += DESC_BYTES
-            if following != position or position - first == count:
-                break
-        position = following
+        entry = copied + DESC_BYTES * <size_t>(position - first)
+        address = load_once_u64(entry)
+        rest = load_once_u64(entry + 8)
+        if ring.swapped:
+            address = swap_u64(address)
+            rest = swap_rest(rest)
+        if rest & FLAG_INDIRECT:
+            return -FAULT_INDIRECT_NESTED
+        if copy == ring.chain + ring.size:
+            return -FAULT_LOOP
+        copy_descriptor(copy, address, rest)
+        copy += 1
+        if not rest & FLAG_NEXT:
+            break
+        position = <uint32_t>(rest >> 48)
+        if position >= limit:
+            return -FAULT_NEXT_RANGE
+    ring.chain_length = <uint32_t>(copy - ring.chain)
+    ring.next_available += 1
+    return 1
 
 
 cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t address,
                    uint64_t rest) noexcept nogil:
     """Pop the chain whose first descriptor was read; as `split_pop`.
 
-    It is in the .pxd only so that the compiler does not put it into `split_pop`, which then would have to
-    save registers for every chain of one.
+    It and `pop_copied` are in the .pxd only so that the compiler does not put one into another: `split_pop`
+    then would have to save registers for every chain of one.
     """
-    cdef uint32_t following
+    cdef uint32_t limit = ring.size
+    cdef uint32_t following, length
     cdef desc_t *copy = ring.chain
     cdef const desc_t *end = copy + ring.size
-    cdef const char *entry = ring.descriptors + DESC_BYTES * <size_t>position
-    while not rest & FLAG_INDIRECT:
-        if copy == end:
-            return -FAULT_LOOP
-        copy_descriptor(copy, address, rest)
-        copy += 1
-        if not rest & FLAG_NEXT:
-            ring.chain_length = <uint32_t>(copy - ring.chain)
-            ring.next_available += 1
-            return 1
-        following = <uint32_t>(rest >> 48)
-        if following >= ring.size:
-            return -FAULT_NEXT_RANGE
-        position += 1
-        entry += DESC_BYTES
-        if following != position:  # a branch: where chains lie in order, nothing waits for `following`
-            position = following
-            entry = ring.descriptors + DESC_BYTES * <size_t>position
+    cdef const char *table = ring.descriptors
+    cdef const char *entry = table + DESC_BYTES * <size_t>position
+    cdef const region_t *region
+    cdef uint64_t offset
+    cdef bint nested = False
+    while True:
+        if rest & FLAG_INDIRECT:
+            length = <uint32_t>rest
+            if nested:
+                return -FAULT_INDIRECT_NESTED
+            if not ring.indirect:
+                return -FAULT_INDIRECT_UNNEGOTIATED
+            if rest & FLAG_NEXT:
+                return -FAULT_INDIRECT_NEXT
+            if length == 0 or length % DESC_BYTES:
+                return -FAULT_INDIRECT_SIZE
+            region = map_last(map.regions, map.count, address)
+            offset = address - region.guest
+            entry = table = region.host + offset
+            if offset >= region.size or length > region.size - offset:
+                entry = table = map_host(map, address, length)
+                if table == NULL:
+                    return -FAULT_INDIRECT_ADDRESS
+            limit = length / DESC_BYTES
+            if region.fd >= 0:
+                return pop_copied(ring, map, copy, address, limit)
+            nested = True
+            position = 0
+        else:
+            if copy == end:
+                return -FAULT_LOOP
+            copy_descriptor(copy, address, rest)
+            copy += 1
+            if not rest & FLAG_NEXT:
+                break
+            following = <uint32_t>(rest >> 48)
+            if following >= limit:
+                return -FAULT_NEXT_RANGE
+            position += 1
+            entry += DESC_BYTES
+            if following != position:  # a branch: where chains lie in order, nothing waits for `following`
+                position = following
+                entry = table + DESC_BYTES * <size_t>position
         address = load_once_u64(entry)
         rest = load_once_u64(entry + 8)
         if ring.swapped:
             address = swap_u64(address)
             rest = swap_rest(rest)
-    return pop_table(ring, map, copy, address, rest)
+    ring.chain_length = <uint32_t>(copy - ring.chain)
+    ring.next_available += 1
+    return 1
 
 
 cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:

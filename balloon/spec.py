@@ -212,7 +212,7 @@ NOTIFY_SLICES: Final = 2
 HINT_RANGES_MAX: Final = 1 << 20
 """Ranges that one hinting round collects after merging; what comes beyond is counted and left out."""
 UNKICKED_RINGS: Final = 2
-"""How often a transport serves as many chains as a ring has entries before it paces a ring that is not kicked."""
+"""How often a transport serves as many chains as a ring has entries before it paces it, without a kick."""
 UNKICKED_TIMES: Final = 64
 """And how often it is served at all: its chains may be long. That is 4 GiB given back, or seconds."""
 UNKICKED_PAUSES: Final = (0.001, 0.02)
@@ -227,6 +227,8 @@ TABLE_PIECE: Final = 64
 """Descriptors of an indirect table that are copied at a time."""
 WAIT_NS_MAX: Final = 250_000_000
 """How long a request may wait for the reclaim rate; then it is acknowledged without a discard."""
+HOOK_SECONDS: Final = 0.25
+"""How long a request may wait for a before-release hook that names no time-out of its own."""
 
 
 class Fault(IntEnum):
