@@ -6,7 +6,9 @@ the kernel, and only then publishes the chains that were finished: all discards 
 used index is published, and nothing touches its pages afterwards (CONTRACTS 14).
 
 Where a before-release hook is set, a slice ends before the system calls and goes on with the verdict; where
-a rate is set, one begins only while there is credit. Until then the ring waits, and others go on.
+a rate is set, one begins only while there is credit. Until then the ring waits, and others go on. No chain
+waits for long: a driver that waits holds locks of its guest, and one that gives up uses its pages again. What
+has waited for WAIT_NS_MAX for the rate, or for the hook's time-out, is acknowledged and not discarded.
 
 Whatever a guest writes, every popped head is used once, nothing outside its own memory is touched, and the
 queue makes progress or stops with a fault.
@@ -23,10 +25,12 @@ from balloon._fill cimport (
 from balloon._hints cimport fill_hints
 from balloon._parts cimport parts_forget, parts_whole
 from balloon._reclaim cimport range_t, reclaim_clear, reclaim_flush, reclaim_full, reclaim_settle, reclaim_t
-from balloon._ring cimport split_listen, split_pending, split_pop, split_publish, split_push, split_silence
+from balloon._ring cimport (
+    split_index, split_left, split_listen, split_pending, split_pop, split_publish, split_push, split_silence,
+)
 from balloon._spec cimport (
-    FAULT_AVAILABLE_AHEAD, FAULT_HEAD_RANGE, FAULT_NONE, FAULT_STATS_SURPLUS, PAGE_SHIFT, ROLE_DEFLATE,
-    ROLE_HINTING, ROLE_INFLATE, ROLE_REPORTING, ROLE_STATS, SLICE_RANGES,
+    COPY_WORK, FAULT_AVAILABLE_AHEAD, FAULT_HEAD_RANGE, FAULT_NONE, FAULT_STATS_SURPLUS, PAGE_SHIFT,
+    ROLE_DEFLATE, ROLE_HINTING, ROLE_INFLATE, ROLE_REPORTING, ROLE_STATS, SLICE_RANGES, WAIT_NS_MAX,
 )
 from balloon._statistics cimport fill_stats
 
@@ -51,6 +55,41 @@ cdef unsigned long long monotonic_ns() noexcept nogil:
     return <uint64_t>now.tv_sec * SECOND + <uint64_t>now.tv_nsec
 
 
+# Chains that wait: all that are there when one begins to have the same deadline.
+
+
+cdef uint64_t wait_ns = WAIT_NS_MAX
+
+
+def _set_wait(seconds=None):
+    """Put another bound in the place of WAIT_NS_MAX, or that back. For tests."""
+    global wait_ns
+    wait_ns = WAIT_NS_MAX if seconds is None else <uint64_t>(<double>seconds * SECOND)
+
+
+cdef uint64_t note_wait(queue_t *q, uint64_t now) noexcept nogil:
+    """What is there waits from now on, if it does not already; returns since when."""
+    if q.since_ns == 0:
+        q.since_ns = now
+        q.since_index = split_index(q.ring)
+    return q.since_ns
+
+
+cdef bint overdue(const queue_t *q, uint64_t limit) noexcept nogil:
+    """Whether chains have waited for longer than they may."""
+    return q.since_ns and monotonic_ns() - q.since_ns >= limit
+
+
+cdef void leave_late(queue_t *q, reclaim_t *r) noexcept nogil:
+    """Discard nothing of what was collected: its driver has waited for too long."""
+    cdef uint32_t number
+    if not r.settled:
+        reclaim_settle(r, &q.reclaimed)
+    for number in range(r.count):
+        q.counters.late_bytes += r.ranges[number].end - r.ranges[number].start
+    r.count = 0
+
+
 # The rate: a bucket that holds what may be discarded in a second; the last slice of it may go below zero.
 
 
@@ -68,14 +107,27 @@ cdef bint has_credit(queue_t *q) noexcept nogil:
     if d.credit > 0:
         return True
     q.due_ns = now + <uint64_t>(<double>(1 - d.credit) * SECOND / <double>d.rate) + 1
+    if q.due_ns > note_wait(q, now) + wait_ns:
+        q.due_ns = q.since_ns + wait_ns
     return False
 
 
 # The before-release hook.
 
 
+cdef uint64_t hook_limit(const queue_t *q) noexcept nogil:
+    """For how long a chain may wait in all, however often the hook is asked about it."""
+    return q.device.hook_timeout_ns + (wait_ns if q.device.rate else 0)
+
+
+cdef bint hooked(const queue_t *q) noexcept nogil:
+    """Whether what this queue would give away waits for a verdict."""
+    return flag_load(&q.device.hooked) >> q.role & 1
+
+
 cdef bint ask_hook(queue_t *q, reclaim_t *r) noexcept nogil:
     """Lay what the kernel would be asked for before the hook; true if there is any."""
+    cdef uint64_t now, last
     reclaim_settle(r, &q.reclaimed)
     if r.count == 0:
         return False
@@ -90,7 +142,9 @@ cdef bint ask_hook(queue_t *q, reclaim_t *r) noexcept nogil:
     q.release = RELEASE_ASKED
     q.release_number += 1
     q.news |= NEWS_RELEASE
-    q.due_ns = monotonic_ns() + q.device.hook_timeout_ns
+    now = monotonic_ns()
+    last = note_wait(q, now) + hook_limit(q)
+    q.due_ns = now + q.device.hook_timeout_ns if now + q.device.hook_timeout_ns < last else last
     reclaim_clear(r)  # others are served with it meanwhile
     return True
 
@@ -180,6 +234,8 @@ cdef void finish(queue_t *q, reclaim_t *r) noexcept nogil:
         q.device.hints.state = HINT_COMPLETE  # now the pages may be the guest's again (B11)
         q.news |= NEWS_HINTS
     show_used(q)
+    if q.since_ns and not q.in_chain and split_left(q.ring, q.since_index) == 0:
+        q.since_ns = 0
     if q.device.rate:
         q.device.credit -= <int64_t>(q.reclaimed.advised_bytes - before)
 
@@ -200,6 +256,7 @@ cdef void begin_chain(queue_t *q) noexcept nogil:
     q.in_chain = True
     q.position = 0
     q.offset = 0
+    q.payload = 0
     q.entered = False
     q.partial_count = 0
     q.commanded = False
@@ -227,7 +284,9 @@ cdef bint discards(const queue_t *q) noexcept nogil:
 cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
     """Serve one slice of a queue. Whoever calls it owns the queue."""
     cdef int got = 1
+    cdef uint32_t most = q.ring.size
     cdef uint32_t popped = 0
+    cdef bint late = False
     cdef bint finished = True
     if q.fault != FAULT_NONE:
         return SLICE_FAULT
@@ -236,12 +295,14 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
     if flag_load(&q.device.forget):
         parts_forget(q.device.parts)
         flag_store(&q.device.forget, 0)
-    if q.release == RELEASE_ASKED:
-        if monotonic_ns() < q.due_ns:
-            return SLICE_WAIT
-        queue_decide(q, NULL)  # no answer in time is a veto
-    if q.release == RELEASE_DECIDED:
+    if q.release != RELEASE_NONE:
+        if q.release == RELEASE_ASKED:
+            if monotonic_ns() < q.due_ns:
+                return SLICE_WAIT
+            queue_decide(q, NULL)  # no answer in time is a veto
         take_back(q, r)
+        if overdue(q, hook_limit(q)):  # there was a verdict, and nobody came to carry it out
+            leave_late(q, r)
         finish(q, r)
         return SLICE_MORE
     if q.stats != NULL and flag_load(&q.stats.ask):
@@ -249,7 +310,10 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
         if q.stats.held:
             q.stats.held = False
             split_push(q.ring, q.stats.head)
-    if q.device.rate and discards(q) and (q.in_chain or split_pending(q.ring)) and not has_credit(q):
+    if q.since_ns and (q.device.rate or not hooked(q)) and overdue(q, wait_ns):
+        late = True  # whether there is credit or not: what is old may be the guest's again
+        most = split_left(q.ring, q.since_index) + <uint32_t>q.in_chain
+    elif q.device.rate and discards(q) and (q.in_chain or split_pending(q.ring)) and not has_credit(q):
         return SLICE_WAIT
     while True:
         if not q.in_chain:
@@ -257,6 +321,7 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
             if got <= 0:
                 break
             begin_chain(q)
+            r.work += COPY_WORK
         finished = fill(q, r)
         if not finished:
             break
@@ -266,10 +331,16 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
             split_push(q.ring, q.ring.head)
         q.in_chain = False
         popped += 1
-        if popped == q.ring.size or reclaim_full(r):
+        if popped >= most or reclaim_full(r):
             break
-    if r.count and flag_load(&q.device.hooked) >> q.role & 1 and ask_hook(q, r):
-        return SLICE_WAIT
+    if r.count and not late and hooked(q):
+        late = overdue(q, hook_limit(q))
+        if not late and ask_hook(q, r):
+            return SLICE_WAIT
+    if late:
+        leave_late(q, r)
+        if q.role == ROLE_INFLATE:  # a driver that gave up may have had other requests in the place of these
+            parts_forget(q.device.parts)
     finish(q, r)
     if got < 0:
         if q.first_fault == FAULT_NONE and -got != FAULT_AVAILABLE_AHEAD and -got != FAULT_HEAD_RANGE:
@@ -280,8 +351,11 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
     if q.first_fault != FAULT_NONE and not q.in_chain and flag_load(&q.device.strict):
         q.fault = q.first_fault
         return SLICE_FAULT
-    # An empty ring is listened to at once: another slice would only find out that it still is.
-    return SLICE_IDLE if got == 0 and not split_listen(q.ring) else SLICE_MORE
+    # An empty ring is listened to at once: another slice would only find out that it still is. So is one of
+    # which as many chains came as it has entries: a driver that goes on kicks then, or it is paced.
+    if (got == 0 or popped >= q.ring.size) and not split_listen(q.ring):
+        return SLICE_IDLE
+    return SLICE_MORE
 
 
 cdef void queue_cut(queue_t *q) noexcept nogil:
@@ -299,4 +373,5 @@ cdef void queue_cut(queue_t *q) noexcept nogil:
             q.reclaimed.clipped_bytes += <uint64_t>q.device.parts.open_parts << PAGE_SHIFT
             parts_forget(q.device.parts)
         split_push(q.ring, q.ring.head)
+    q.since_ns = 0
     show_used(q)

@@ -38,6 +38,7 @@ ctypedef struct drain_counters_t:
     uint64_t stale_hint_bytes   # of these, under another id than the one that was wanted
     uint64_t kept_bytes         # what the poison rule kept, or a switched off device
     uint64_t vetoed_bytes       # what the before-release hook kept
+    uint64_t late_bytes         # what had waited too long for the rate or the hook, and stays with the guest
     uint64_t inflated_pages     # page frame numbers
     uint64_t deflated_pages
     uint64_t outside_bytes      # what was not guest memory
@@ -98,6 +99,7 @@ ctypedef struct queue_t:
     bint in_chain               # a popped chain is not finished; where we are in it:
     uint32_t position           # descriptor,
     uint64_t offset             # byte in it,
+    uint64_t payload            # bytes of page frame numbers before these,
     uint32_t partial_count      # bytes of a number that is split over descriptors
     uint8_t partial[4]
     bint commanded              # a hinting command has begun
@@ -112,6 +114,8 @@ ctypedef struct queue_t:
     uint32_t pending_count
     void *pending               # range_t[SLICE_RANGES]; NULL where there is no hook
     uint64_t due_ns             # CLOCK_MONOTONIC at which a queue that waits goes on, or 0
+    uint64_t since_ns           # CLOCK_MONOTONIC at which chains began to wait, or 0 where none does;
+    uint16_t since_index        # they are those before this available index
     drain_counters_t counters
     reclaim_counters_t reclaimed
 

@@ -2,7 +2,7 @@
 
 Each `fill_*` goes on where it was cut short, adds to the reclaimer, and returns true at the chain's end or
 false when the slice is full (CONTRACTS 6). Lengths, addresses and payloads are the guest's: a bad range costs
-that range, a bad payload the rest of that buffer, and each is counted. Payload is read once.
+that range, a bad payload the rest of that buffer, and each is counted. Payload is decoded from a copy.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -10,14 +10,14 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from balloon._memory cimport map_find, map_last, region_t
 from balloon._parts cimport parts_add, parts_forget, parts_take
 from balloon._reclaim cimport range_t, reclaim_add, reclaim_full, reclaim_t
-from balloon._ring cimport desc_t
+from balloon._ring cimport copy_in, desc_t
 from balloon._spec cimport (
-    DESC_F_WRITE, FAULT_DIRECTION, FAULT_NONE, FAULT_OUTSIDE_MEMORY, FAULT_PARTIAL_PFN, PAGE_SHIFT,
-    ROLE_INFLATE, SLICE_BYTES, SLICE_RANGES, SLICE_WORK,
+    COPY_WORK, DESC_F_WRITE, FAULT_DIRECTION, FAULT_NONE, FAULT_OUTSIDE_MEMORY, FAULT_PARTIAL_PFN,
+    FAULT_PAYLOAD_LENGTH, PAGE_SHIFT, PAYLOAD_MAX, PAYLOAD_PIECE, ROLE_INFLATE, SLICE_BYTES, SLICE_RANGES,
+    SLICE_WORK,
 )
 
 cdef extern from "_atomics.h" nogil:
-    uint8_t load_once_u8(const void *p)
     uint32_t load_once_u32(const void *p)
     uint32_t swap_u32(uint32_t v)
     int flag_load(const int *p)
@@ -258,39 +258,41 @@ cdef void take_page(queue_t *q, reclaim_t *r, uint32_t number) noexcept nogil:
         reclaim_add(r, region, start, start + region.page)
 
 
-cdef uint64_t take_pages(queue_t *q, reclaim_t *r, uint64_t address, uint64_t size) noexcept nogil:
-    """Decode page frame numbers at `address`; returns the bytes read, or 0 if they are not in memory."""
-    cdef region_t *region = map_find(q.map, address)
-    cdef const char *payload
-    cdef uint64_t room
+cdef uint64_t take_pages(queue_t *q, reclaim_t *r, const uint8_t *payload, uint64_t size) noexcept nogil:
+    """Decode page frame numbers, our copy of them; returns the bytes for which the slice had room."""
     cdef uint64_t done = 0
     cdef uint32_t number
-    if region == NULL or region.guest > address:
-        return 0
-    payload = region.host + (address - region.guest)
-    room = region.size - (address - region.guest)
-    if size > room:
-        size = room
-    if q.partial_count or size < 4:
-        q.partial[q.partial_count] = load_once_u8(payload)
-        q.partial_count += 1
-        r.work += 1
-        if q.partial_count == 4:
-            q.partial_count = 0
-            number = load_once_u32(q.partial)
+    while done < size and not reclaim_full(r):
+        if q.partial_count or size - done < 4:
+            q.partial[q.partial_count] = payload[done]
+            q.partial_count += 1
+            done += 1
+            r.work += 1
+            if q.partial_count == 4:
+                q.partial_count = 0
+                number = load_once_u32(q.partial)
+                take_page(q, r, swap_u32(number) if q.swapped else number)
+            continue
+        while size - done >= 4 and not reclaim_full(r):
+            number = load_once_u32(payload + done)
             take_page(q, r, swap_u32(number) if q.swapped else number)
-        return 1
-    while size - done >= 4 and not reclaim_full(r):
-        number = load_once_u32(payload + done)
-        take_page(q, r, swap_u32(number) if q.swapped else number)
-        done += 4
+            done += 4
     return done
 
 
+cdef bint end_payload(queue_t *q, int fault) noexcept nogil:
+    """The rest of this buffer makes no sense."""
+    count_fault(q, fault)
+    q.position = q.ring.chain_length
+    q.partial_count = 0
+    return True
+
+
 cdef bint fill_pages(queue_t *q, reclaim_t *r) noexcept nogil:
-    """The pages of an inflate or deflate request."""
+    """The pages of an inflate or deflate request. What was copied and finds no room is copied again later."""
+    cdef uint8_t copied[PAYLOAD_PIECE]
     cdef desc_t *d
-    cdef uint64_t done
+    cdef uint64_t size
     while q.position < q.ring.chain_length:
         if reclaim_full(r):
             return False
@@ -302,13 +304,20 @@ cdef bint fill_pages(queue_t *q, reclaim_t *r) noexcept nogil:
         while q.offset < d.length:
             if reclaim_full(r):
                 return False
-            done = take_pages(q, r, d.address + q.offset, d.length - q.offset)
-            if done == 0:  # the payload is not in memory: the rest of this buffer makes no sense
-                count_fault(q, FAULT_OUTSIDE_MEMORY)
-                q.position = q.ring.chain_length
-                q.partial_count = 0
-                return True
-            q.offset += done
+            size = d.length - q.offset
+            if size > PAYLOAD_PIECE:
+                size = PAYLOAD_PIECE
+            if q.payload + size > PAYLOAD_MAX:
+                size = PAYLOAD_MAX - q.payload
+                if size == 0:
+                    return end_payload(q, FAULT_PAYLOAD_LENGTH)
+            r.work += COPY_WORK
+            size = copy_in(q.map, d.address + q.offset, copied, size)
+            if size == 0:
+                return end_payload(q, FAULT_OUTSIDE_MEMORY)
+            size = take_pages(q, r, copied, size)
+            q.offset += size
+            q.payload += size
         leave_descriptor(q)
     if q.partial_count:
         q.partial_count = 0
@@ -332,7 +341,7 @@ cdef bint fill_inflate(queue_t *q, reclaim_t *r) noexcept nogil:
 cdef uint64_t page_faults(const queue_t *q) noexcept nogil:
     """How much of what this queue was sent could not be decoded, or lay outside memory."""
     return q.counters.faults[FAULT_PARTIAL_PFN] + q.counters.faults[FAULT_OUTSIDE_MEMORY] + \
-        q.counters.faults[FAULT_DIRECTION]
+        q.counters.faults[FAULT_DIRECTION] + q.counters.faults[FAULT_PAYLOAD_LENGTH]
 
 
 cdef bint fill_deflate(queue_t *q, reclaim_t *r) noexcept nogil:

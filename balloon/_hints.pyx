@@ -12,15 +12,14 @@ from balloon._fill cimport (
     HINT_ENDING, HINT_REQUESTED, HINT_RUNNING, KEEP_POISON, NEWS_HINTS, add_range, count_fault, enter,
     find_range, hints_t, leave_descriptor, queue_t, span_t,
 )
-from balloon._memory cimport map_find, region_t
+from balloon._memory cimport region_t
 from balloon._reclaim cimport reclaim_full, reclaim_t
-from balloon._ring cimport desc_t
+from balloon._ring cimport copy_in, desc_t
 from balloon._spec cimport (
-    DESC_F_WRITE, FAULT_HINT_COMMAND, FAULT_OUTSIDE_MEMORY, HINT_RANGES_MAX, HINT_STOP,
+    COPY_WORK, DESC_F_WRITE, FAULT_HINT_COMMAND, FAULT_OUTSIDE_MEMORY, HINT_RANGES_MAX, HINT_STOP,
 )
 
 cdef extern from "_atomics.h" nogil:
-    unsigned char load_once_u8(const void *p)
     uint32_t load_once_u32(const void *p)
     uint32_t swap_u32(uint32_t v)
     int flag_load(const int *p)
@@ -50,22 +49,22 @@ cdef void end_command(queue_t *q) noexcept nogil:
         h.stops += 1
 
 
-cdef void read_command(queue_t *q, const desc_t *d) noexcept nogil:
+cdef void read_command(queue_t *q, reclaim_t *r, const desc_t *d) noexcept nogil:
     """The next bytes of a command, which has four in all, however they are split (C1)."""
-    cdef region_t *region
-    cdef uint64_t address
-    cdef uint32_t number
+    cdef uint32_t room = 4 - q.partial_count
+    cdef uint64_t size = room if d.length > room else d.length
+    cdef uint64_t done = 0
+    cdef uint64_t piece
     q.commanded = True
-    for number in range(4 if d.length > 4 else d.length):
-        address = d.address + number
-        region = map_find(q.map, address)
-        if region == NULL or region.guest > address:
+    while done < size:
+        r.work += COPY_WORK
+        piece = copy_in(q.map, d.address + done, &q.partial[q.partial_count], size - done)
+        if piece == 0:
             count_fault(q, FAULT_OUTSIDE_MEMORY)
             q.command_bytes += 1 << 8  # whatever else comes, it is no command
             break
-        if q.partial_count < 4:
-            q.partial[q.partial_count] = load_once_u8(region.host + (address - region.guest))
-            q.partial_count += 1
+        q.partial_count += <uint32_t>piece
+        done += piece
     q.command_bytes += d.length
 
 
@@ -110,7 +109,7 @@ cdef bint fill_hints(queue_t *q, reclaim_t *r) noexcept nogil:
         r.work += 1
         if not d.flags & DESC_F_WRITE:
             q.counters.descriptors += 1
-            read_command(q, d)
+            read_command(q, r, d)
             leave_descriptor(q)
             continue
         if not q.entered:

@@ -134,7 +134,7 @@ cdef class DataPlane:
             return 0
         return self.device.parts.open_parts
 
-    def set_hook(self, roles, double hook_timeout=1.0, double timeout=10.0):
+    def set_hook(self, roles, double hook_timeout=0.25, double timeout=10.0):
         """Let ranges of these roles wait for `DataQueue.decide()`, each time at most `hook_timeout` seconds.
 
         :raise StateError: a drain did not end in time, or this is inside a hook.

@@ -40,13 +40,18 @@ ctypedef struct split_t:
     bint fresh               # nothing of the used ring was looked at yet
     bint touched             # something was written to the used ring that is not published yet
 
+cdef uint64_t copy_in(const map_t *map, uint64_t address, void *copy, uint64_t size) noexcept nogil
 cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil
 cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t address,
                    uint64_t rest) noexcept nogil
+cdef int pop_copied(split_t *ring, const map_t *map, desc_t *copy, uint64_t table,
+                    uint32_t limit) noexcept nogil
 cdef bint split_publish(split_t *ring) noexcept nogil
 cdef void split_silence(split_t *ring) noexcept nogil
 cdef bint split_listen(split_t *ring) noexcept nogil
 cdef bint split_pending(const split_t *ring) noexcept nogil
+cdef uint16_t split_index(const split_t *ring) noexcept nogil
+cdef uint16_t split_left(const split_t *ring, uint16_t index) noexcept nogil
 cdef int split_place(split_t *ring, const map_t *map, uint64_t descriptors, uint64_t available,
                      uint64_t used) noexcept nogil
 

@@ -7,25 +7,77 @@ Rules (sections of the standard: Split Virtqueues):
 * A chain has at most as many descriptors as the queue has entries, those of an indirect table included: a
   driver must not make longer ones, and a loop always is.
 * A chain that breaks the rules is not popped: the ring is corrupt, and the device needs a reset.
+* Whatever a chain refers to, indirect tables first, is copied by pread(2) where the memory is a file: a load
+  from a hole would have the kernel fill it, at the expense of this process. Only the three parts of the ring
+  itself are read in place.
 * The available index is loaded with acquire, the used index stored with release. A full fence stands
   between the store of the used index and the look at the driver's wish for a notification, and between
   our own wish and the second look at the available index: without it both sides may sleep (CONTRACTS 12).
 """
 
 cimport cython
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
-from balloon._memory cimport GuestMap, map_host, map_t
+from balloon._memory cimport GuestMap, map_find, map_host, map_last, map_t, region_t
 from balloon._spec cimport (
     AVAIL_F_NO_INTERRUPT, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, FAULT_AVAILABLE_AHEAD, FAULT_HEAD_RANGE,
     FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
     FAULT_INDIRECT_UNNEGOTIATED, FAULT_LOOP, FAULT_NEXT_RANGE, FAULT_RING_ADDRESS, QUEUE_SIZE_MAX,
-    USED_F_NO_NOTIFY,
+    RECLAIM_RETRIES, TABLE_PIECE, USED_F_NO_NOTIFY,
 )
 
 from balloon import spec
 from balloon.errors import ConfigError, RingError, StateError
+
+cdef extern from "<sys/types.h>" nogil:
+    ctypedef long off_t
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t c_pread "pread"(int fd, void *data, size_t size, off_t offset)
+
+
+cdef uint64_t copy_in(const map_t *map, uint64_t address, void *copy, uint64_t size) noexcept nogil:
+    """Copy guest memory, as much of it as lies in one region: the bytes, or 0 where it is not in memory.
+
+    Memory that is a file is read as one: holes stay holes, and behind an end that was cut off there is no
+    SIGBUS. Some of it may be copied and not counted: then nothing of it counts.
+    """
+    cdef region_t *region = map_find(map, address)
+    cdef uint64_t offset
+    cdef ssize_t done
+    cdef int tries = 0
+    if region == NULL or region.guest > address:
+        return 0
+    offset = address - region.guest
+    if size > region.size - offset:
+        size = region.size - offset
+    if region.fd < 0:
+        memcpy(copy, region.host + offset, size)
+        return size
+    while True:
+        done = c_pread(region.fd, copy, size, <off_t>(region.fd_offset + offset))
+        if done == <ssize_t>size:
+            return size
+        if done >= 0 or errno != EINTR or tries == RECLAIM_RETRIES:
+            return 0
+        tries += 1
+
+
+cdef bint copy_whole(const map_t *map, uint64_t address, char *copy, uint64_t size) noexcept nogil:
+    """Copy guest memory that may go on in the next region; false if a part is not in memory."""
+    cdef uint64_t done
+    while size:
+        done = copy_in(map, address, copy, size)
+        if done == 0:
+            return False
+        address += done
+        copy += done
+        size -= done
+    return True
+
 
 cdef inline uint16_t available_index(const split_t *ring) noexcept nogil:
     return in_order_u16(ring, load_acquire_u16(ring.available + 2))
@@ -76,12 +128,52 @@ cdef void begin_ring(split_t *ring) noexcept nogil:
     store_once_u16(ring.used, 0)
 
 
+cdef int pop_copied(split_t *ring, const map_t *map, desc_t *copy, uint64_t table,
+                    uint32_t limit) noexcept nogil:
+    """Pop the rest of a chain from an indirect table of `limit` entries that lies in a file, in pieces.
+
+    As `pop_chain` does where tables can be read in place.
+    """
+    cdef uint32_t position = 0
+    cdef uint32_t first = 0       # of the entries that are copied,
+    cdef uint32_t count = 0       # and how many they are
+    cdef uint64_t address, rest
+    cdef char copied[TABLE_PIECE * DESC_BYTES]
+    cdef const char *entry
+    while True:
+        if position - first >= count:
+            first = position
+            count = limit - position if limit - position < TABLE_PIECE else TABLE_PIECE
+            if not copy_whole(map, table + DESC_BYTES * <uint64_t>position, copied, DESC_BYTES * count):
+                return -FAULT_INDIRECT_ADDRESS
+        entry = copied + DESC_BYTES * <size_t>(position - first)
+        address = load_once_u64(entry)
+        rest = load_once_u64(entry + 8)
+        if ring.swapped:
+            address = swap_u64(address)
+            rest = swap_rest(rest)
+        if rest & FLAG_INDIRECT:
+            return -FAULT_INDIRECT_NESTED
+        if copy == ring.chain + ring.size:
+            return -FAULT_LOOP
+        copy_descriptor(copy, address, rest)
+        copy += 1
+        if not rest & FLAG_NEXT:
+            break
+        position = <uint32_t>(rest >> 48)
+        if position >= limit:
+            return -FAULT_NEXT_RANGE
+    ring.chain_length = <uint32_t>(copy - ring.chain)
+    ring.next_available += 1
+    return 1
+
+
 cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t address,
                    uint64_t rest) noexcept nogil:
     """Pop the chain whose first descriptor was read; as `split_pop`.
 
-    It is in the .pxd only so that the compiler does not put it into `split_pop`, which then would have to
-    save registers for every chain of one.
+    It and `pop_copied` are in the .pxd only so that the compiler does not put one into another: `split_pop`
+    then would have to save registers for every chain of one.
     """
     cdef uint32_t limit = ring.size
     cdef uint32_t following, length
@@ -89,6 +181,8 @@ cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t 
     cdef const desc_t *end = copy + ring.size
     cdef const char *table = ring.descriptors
     cdef const char *entry = table + DESC_BYTES * <size_t>position
+    cdef const region_t *region
+    cdef uint64_t offset
     cdef bint nested = False
     while True:
         if rest & FLAG_INDIRECT:
@@ -101,10 +195,16 @@ cdef int pop_chain(split_t *ring, const map_t *map, uint32_t position, uint64_t 
                 return -FAULT_INDIRECT_NEXT
             if length == 0 or length % DESC_BYTES:
                 return -FAULT_INDIRECT_SIZE
-            entry = table = map_host(map, address, length)
-            if table == NULL:
-                return -FAULT_INDIRECT_ADDRESS
+            region = map_last(map.regions, map.count, address)
+            offset = address - region.guest
+            entry = table = region.host + offset
+            if offset >= region.size or length > region.size - offset:
+                entry = table = map_host(map, address, length)
+                if table == NULL:
+                    return -FAULT_INDIRECT_ADDRESS
             limit = length / DESC_BYTES
+            if region.fd >= 0:
+                return pop_copied(ring, map, copy, address, limit)
             nested = True
             position = 0
         else:
@@ -203,6 +303,17 @@ cdef bint split_listen(split_t *ring) noexcept nogil:
 cdef bint split_pending(const split_t *ring) noexcept nogil:
     """Whether the driver has made something available that was not popped."""
     return available_index(ring) != ring.next_available
+
+
+cdef uint16_t split_index(const split_t *ring) noexcept nogil:
+    """The available index, where the driver goes on."""
+    return available_index(ring)
+
+
+cdef uint16_t split_left(const split_t *ring, uint16_t index) noexcept nogil:
+    """How many chains are not popped yet of those that were available when the index was `index`."""
+    cdef uint16_t left = <uint16_t>(index - ring.next_available)
+    return left if left <= ring.size else 0
 
 
 cdef guest_error(int fault, queue=None):

@@ -7,10 +7,9 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from balloon._fill cimport count_fault, enter_descriptor, queue_t, stats_t
-from balloon._memory cimport map_find, region_t
 from balloon._reclaim cimport reclaim_t
-from balloon._ring cimport desc_t
-from balloon._spec cimport FAULT_OUTSIDE_MEMORY, FAULT_STATS_LENGTH, STATS_BYTES_MAX
+from balloon._ring cimport copy_in, desc_t
+from balloon._spec cimport COPY_WORK, FAULT_OUTSIDE_MEMORY, FAULT_STATS_LENGTH, STATS_BYTES_MAX
 
 cdef extern from "_atomics.h" nogil:
     void flag_store(int *p, int v)
@@ -31,9 +30,8 @@ cdef bint fill_stats(queue_t *q, reclaim_t *r) noexcept nogil:
     """
     cdef stats_t *s = q.stats
     cdef desc_t *d
-    cdef region_t *region
     cdef uint64_t total = 0
-    cdef uint64_t done, piece, address
+    cdef uint64_t done, piece
     cdef uint32_t number
     cdef uint32_t size = 0
     cdef bint cut = False  # a part is not in memory: what comes behind it would be read as other entries
@@ -45,19 +43,16 @@ cdef bint fill_stats(queue_t *q, reclaim_t *r) noexcept nogil:
         total += d.length
         done = 0
         while not cut and done < d.length and size < STATS_BYTES_MAX:
-            address = d.address + done
-            region = map_find(q.map, address)
-            if region == NULL or region.guest > address:
+            piece = d.length - done
+            if piece > STATS_BYTES_MAX - size:
+                piece = STATS_BYTES_MAX - size
+            r.work += COPY_WORK
+            piece = copy_in(q.map, d.address + done, &s.incoming[size], piece)
+            if piece == 0:
                 count_fault(q, FAULT_OUTSIDE_MEMORY)
                 q.counters.outside_bytes += d.length - done
                 cut = True
                 break
-            piece = region.size - (address - region.guest)
-            if piece > d.length - done:
-                piece = d.length - done
-            if piece > STATS_BYTES_MAX - size:
-                piece = STATS_BYTES_MAX - size
-            memcpy(&s.incoming[size], region.host + (address - region.guest), piece)
             size += <uint32_t>piece
             done += piece
     if total % 10 or total > STATS_BYTES_MAX:

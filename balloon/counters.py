@@ -22,6 +22,7 @@ class Counters:
     What the guest named is `reported_bytes`, `hinted_bytes`, `inflated_bytes` and `deflated_bytes`. Of that,
     `advised_bytes` is what the kernel was asked to take and said yes to. The rest was not asked for:
     `kept_bytes` by the poison rule or because reporting is off, `vetoed_bytes` by the before-release hook,
+    `late_bytes` because the request had waited too long for the reclaim rate or the hook,
     `inhibited_bytes` while discards were inhibited, `clipped_bytes` because it was no whole page of the
     backing, `skipped_bytes` in memory of which nothing can be freed, `outside_bytes` because it is no guest
     memory, `stale_hint_bytes` under an old command id; `failed_bytes` was refused by the kernel. `faults`
@@ -41,6 +42,7 @@ class Counters:
     stale_hint_bytes: int = 0
     kept_bytes: int = 0
     vetoed_bytes: int = 0
+    late_bytes: int = 0
     inflated_bytes: int = 0
     deflated_bytes: int = 0
     advised_bytes: int = 0

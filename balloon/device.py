@@ -21,7 +21,7 @@ from balloon.errors import ConfigError, GuestError, StateError
 from balloon.hinting import HintingRound, HintingRounds, HintState, Ranges, merge_ranges
 from balloon.memory import GuestMemory
 from balloon.snapshot import QueueState, Snapshot
-from balloon.spec import Config, Feature, Role, Status
+from balloon.spec import HOOK_SECONDS, Config, Feature, Role, Status
 from balloon.stats import Stats, StatsProtocol, StatsRequest
 from balloon.virtio import DRIVERS_STATUS, Effect, VirtioDevice
 
@@ -91,7 +91,7 @@ class Balloon(VirtioDevice):
         self._stats_seen = 0
         self._rounds = HintingRounds()
         self._hook: ReleaseHook | None = None
-        self._hook_timeout = 1.0
+        self._hook_timeout = HOOK_SECONDS
         self._hook_failures = 0
 
     def reset(self) -> Effect:
@@ -288,8 +288,9 @@ class Balloon(VirtioDevice):
     def set_reclaim_rate(self, bytes_per_second: int | None) -> None:
         """Discard no more than this in a second, on average; None takes the limit away.
 
-        Requests wait meanwhile: a guest that reports or inflates is slowed down, and loses nothing. One
-        slice of 64 MiB may go beyond it at a time.
+        Requests wait meanwhile, each for a quarter of a second at most: a guest that reports or inflates is
+        slowed down. What has waited for so long is acknowledged and stays with the guest, see
+        `Counters.late_bytes`. One slice of 32 MiB may go beyond the rate at a time.
 
         :raise ConfigError: it is not above 0.
         :raise StateError: a drain did not end in time, or this is inside a hook.
@@ -298,13 +299,14 @@ class Balloon(VirtioDevice):
             raise ConfigError(f"a rate of {bytes_per_second} bytes in a second cannot be")
         self._plane.set_rate(bytes_per_second or 0)
 
-    def set_release_hook(self, hook: ReleaseHook | None, *, timeout: float = 1.0) -> None:
+    def set_release_hook(self, hook: ReleaseHook | None, *, timeout: float = HOOK_SECONDS) -> None:
         """Have `hook` see all ranges before they are discarded: it may keep them (CONTRACTS 9).
 
         It is called in the thread that calls `notify()`, or the one that hands a worker's "release" events
-        to `on_event()`. Its queue waits meanwhile, others go on. An exception is a veto, and so is, under a
-        worker, no answer within `timeout` seconds: requests are acknowledged and nothing is discarded.
-        From inside, what would wait for the queue raises `StateError`. Without a hook drains pay nothing.
+        to `on_event()`. Its queue waits meanwhile, others go on. An exception is a veto, and so is no answer
+        within `timeout` seconds: requests are acknowledged and nothing is discarded. A chain about which the
+        hook is asked several times waits for that long in all: some drivers give up after a second. From
+        inside, what would wait for the queue raises `StateError`. Without a hook drains pay nothing.
 
         :raise ConfigError: the timeout is not above 0.
         :raise StateError: a drain did not end in time, or this is inside a hook.

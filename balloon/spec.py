@@ -201,18 +201,34 @@ HINT_DONE: Final = 1
 # Caps of ours. A guest can lengthen these loops; each stops here and goes on at the next slice.
 SLICE_RANGES: Final = 1024
 """Ranges that one slice of a drain hands to the kernel before others are looked at."""
-SLICE_BYTES: Final = 64 << 20
+SLICE_BYTES: Final = 32 << 20
 """Bytes that one slice of a drain hands to the kernel before others are looked at."""
-SLICE_WORK: Final = 65536
+SLICE_WORK: Final = 32768
 """Page frame numbers, descriptors and pieces that one slice looks at."""
-NOTIFY_SLICES: Final = 1024
-"""Slices that one `notify()` serves before it returns and asks to be called again."""
+COPY_WORK: Final = 4
+"""What a chain counts in SLICE_WORK, for its indirect table, and each piece of a payload that is copied."""
+NOTIFY_SLICES: Final = 2
+"""Slices that one `notify()` serves before it returns and asks to be called again: a vCPU waits for it."""
 HINT_RANGES_MAX: Final = 1 << 20
 """Ranges that one hinting round collects after merging; what comes beyond is counted and left out."""
-KICK_ROUNDS: Final = 16
-"""Times of NOTIFY_SLICES that one write to QueueNotify serves before the rest is left to `poll()`."""
+UNKICKED_RINGS: Final = 2
+"""How often a transport serves as many chains as a ring has entries before it paces it, without a kick."""
+UNKICKED_TIMES: Final = 64
+"""And how often it is served at all: its chains may be long. That is 4 GiB given back, or seconds."""
+UNKICKED_PAUSES: Final = (0.001, 0.02)
+"""Seconds of the first pause of such a ring; each is twice the one before it, up to the second number."""
 RECLAIM_RETRIES: Final = 16
 """How often one range is tried again after EINTR or EAGAIN."""
+PAYLOAD_MAX: Final = 1 << 20
+"""Bytes of page frame numbers that are read of one chain: those of 1 GiB. Linux sends 1 KiB."""
+PAYLOAD_PIECE: Final = 4096
+"""Bytes of page frame numbers that are copied at a time."""
+TABLE_PIECE: Final = 64
+"""Descriptors of an indirect table that are copied at a time."""
+WAIT_NS_MAX: Final = 250_000_000
+"""How long a request may wait for the reclaim rate; then it is acknowledged without a discard."""
+HOOK_SECONDS: Final = 0.25
+"""How long a request may wait for a before-release hook that names no time-out of its own."""
 
 
 class Fault(IntEnum):
@@ -237,6 +253,7 @@ class Fault(IntEnum):
     STATS_SURPLUS = 20
     STATS_LENGTH = 21
     HINT_COMMAND = 22
+    PAYLOAD_LENGTH = 23
 
 
 FAULT_TEXT: Final[dict[Fault, tuple[str, str]]] = {
@@ -280,6 +297,10 @@ FAULT_TEXT: Final[dict[Fault, tuple[str, str]]] = {
     Fault.HINT_COMMAND: (
         "the command of a hinting buffer does not have 4 bytes",
         "Traditional Memory Balloon Device: Free Page Hinting",
+    ),
+    Fault.PAYLOAD_LENGTH: (
+        "an inflate or deflate buffer is longer than what is read of one",
+        "Traditional Memory Balloon Device: Device Operation",
     ),
 }
 """What to say of a fault, and the section of the standard that it broke."""

@@ -8,6 +8,8 @@ Whatever a guest does is checked and counted in `refused`; nothing of it is rais
   that, without the GIL. After `timeout` seconds it returns, the driver reads that the reset goes on, and each
   further access and each `poll()` looks again.
 * What a queue did before a reset is not told after it (A9, A11).
+* One access serves a queue for a slice or two; `poll()` goes on with it. A queue that stays busy and is not
+  kicked is paced there: its used ring may lie on its available ring (CONTRACTS 32).
 
 Sections of the standard: Virtqueue Reset, Device Reset, Virtio Transport Options.
 """
@@ -17,8 +19,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -32,8 +36,10 @@ from balloon.snapshot import check_fields, check_number
 from balloon.spec import (
     INTERRUPT_CONFIG,
     INTERRUPT_USED,
-    KICK_ROUNDS,
     QUEUE_COUNT,
+    UNKICKED_PAUSES,
+    UNKICKED_RINGS,
+    UNKICKED_TIMES,
     Feature,
     Status,
 )
@@ -54,6 +60,31 @@ def check_parts(device: object, worker: object, queue_size: int) -> None:
     if worker is not None and worker.event_fd < 0:
         raise StateError("this worker is closed: make another one")
     check_queue_size(queue_size)
+
+
+@dataclass
+class Pace:
+    """How a queue without a worker was served since its driver kicked it last."""
+
+    times: int = 0
+    chains: int = 0
+    pause: float = 0.0
+    until: float = 0.0
+    """CLOCK_MONOTONIC before which it is not served, unless it is kicked."""
+
+    def add(self, chains: int, size: int) -> None:
+        """So many chains were served, and there is more; of a ring of `size` a driver would have kicked."""
+        self.times += 1
+        self.chains += chains
+        if self.chains > UNKICKED_RINGS * size or self.times > UNKICKED_TIMES:
+            first, last = UNKICKED_PAUSES
+            self.pause = min(2 * self.pause or first, last)
+            self.until = time.monotonic() + self.pause
+
+    @property
+    def wait_seconds(self) -> float:
+        """For how long it is not served."""
+        return max(0.0, self.until - time.monotonic()) if self.until else 0.0
 
 
 class Transport:
@@ -88,6 +119,7 @@ class Transport:
         self._lives = [0] * QUEUE_COUNT  # of each queue, by resets of either kind
         self._pending: set[int] = set()  # have work left, where no worker has them
         self._kicked: list[int] = []  # are to be served when the lock is free
+        self._paces = [Pace() for _ in range(QUEUE_COUNT)]
         self._effects = Effect.NONE
         self._resetting = False
         self._registers = Registers()
@@ -145,9 +177,9 @@ class Transport:
     def poll(self) -> float | None:
         """Do what an access has left to do; returns in how many seconds there is more, None if there is not.
 
-        That is the rest of a very long queue, a queue that waits for the reclaim rate, a reset that took too
-        long; and interrupts of a worker where `call_eventfd` says so. With no worker a VMM calls it while
-        `pending` is true.
+        That is the rest of a queue that takes longer than one exit should, a queue that waits for the reclaim
+        rate, a reset that took too long; and interrupts of a worker where `call_eventfd` says so. With no
+        worker a VMM calls it while `pending` is true, again after as many seconds as it returns.
         """
         with self._lock:
             self._go_on()
@@ -163,7 +195,9 @@ class Transport:
 
     def _wait_seconds(self, index: int) -> float:
         queue = self.device.queues.get(index)
-        return 0.0 if queue is None else queue.wait_seconds
+        if queue is None:
+            return 0.0
+        return max(queue.wait_seconds, self._paces[index].wait_seconds)
 
     @property
     def _is_ending(self) -> bool:
@@ -225,6 +259,7 @@ class Transport:
         if not 0 <= index < QUEUE_COUNT:
             self.refused["queue"] += 1
         elif self.worker is None:
+            self._paces[index] = Pace()
             self._kicked.append(index)
         elif not self._closed:
             with contextlib.suppress(BlockingIOError):  # full: it is readable as it is
@@ -240,19 +275,22 @@ class Transport:
     def _serve(self, kicked: Iterable[int]) -> None:
         """Serve queues in this thread, and hand interrupts on."""
         for index in kicked:
-            for _ in range(KICK_ROUNDS):  # a driver that keeps the ring full does not keep its own vCPU
-                if not self._serve_once(index):
-                    break
+            self._serve_once(index)
         self._line.deliver()
 
-    def _serve_once(self, index: int) -> bool:
-        """Serve a queue in this thread; returns whether it is not empty yet."""
+    def _serve_once(self, index: int) -> None:
+        """Serve a queue in this thread for a slice or two; `poll()` goes on where it is not empty yet."""
         with self._lock:
             epoch, life = self._epoch, self._lives[index]
             self._pending.discard(index)
+            pace, size = self._paces[index], self._registers.rings[index].size
         effect = Effect.NONE
         try:
+            queue = self.device.queues.get(index)
+            before = 0 if queue is None else queue.next_available
             effect = self.device.notify(index)
+            if queue is not None and effect & Effect.NOTIFY_AGAIN:
+                pace.add(queue.next_available - before & 0xFFFF, size)
         except GuestError as error:
             self.error = self.error or error
         except StateError:  # another vCPU has stopped it, or somebody owns the device: they serve it
@@ -260,12 +298,11 @@ class Transport:
         with self._lock:
             effect |= self.device.take_effects()
             if self._epoch != epoch:
-                return False
+                return
             if self._lives[index] != life:
                 effect &= ~(Effect.NOTIFY_USED | Effect.NOTIFY_AGAIN | Effect.NOTIFY_LATER)
             self._take(effect, index)
         self._line.deliver()
-        return bool(effect & Effect.NOTIFY_AGAIN)
 
     def _attach(self, index: int) -> bool:
         """Hand a queue that runs to the worker, if there is one; false if that cannot be. Under the lock."""
@@ -414,6 +451,7 @@ class Transport:
             self._registers.rings[index] = Ring()
         else:
             ring.ready = ring.ending = False
+        self._paces[index] = Pace()
         self._take(self.device.take_effects(), index)
 
     def _reset(self, timeout: float) -> None:
@@ -432,6 +470,7 @@ class Transport:
         self._registers = Registers()
         self._pending.clear()
         self._kicked.clear()
+        self._paces = [Pace() for _ in range(QUEUE_COUNT)]
         self._line.acknowledge(INTERRUPT_USED | INTERRUPT_CONFIG)
 
     def _go_on(self) -> None:

@@ -52,13 +52,15 @@ class Effect(enum.Flag):
     NEEDS_RESET = 4
     """The device has failed and shows NEEDS_RESET in its status."""
     NOTIFY_AGAIN = 8
-    """The queue is not empty yet: call `notify()` again, after whatever else is to be done.
+    """The queue is not empty yet: call `notify()` again, after whatever else is to be done. One call serves a
+    slice or two, since a vCPU waits for it.
 
     From `write_status()`: queues were kicked before DRIVER_OK, as Linux does with its first statistics
     buffer: call `notify()` for each queue that runs.
     """
     NOTIFY_LATER = 16
-    """The reclaim rate is used up: call `notify()` again after the queue's `wait_seconds`."""
+    """The queue waits for the reclaim rate: call `notify()` again after its `wait_seconds`. What has waited
+    for a quarter of a second is acknowledged and not discarded."""
     STATS = 32
     """Statistics have come, see `Balloon.stats`."""
     HINTS = 64
@@ -393,8 +395,10 @@ class VirtioDevice:
     def notify(self, index: int) -> Effect:
         """Serve queue `index` in this thread: the driver has kicked it.
 
-        Memory is given back before the driver is shown the used buffers. A queue that does not run, or whose
-        driver has not set DRIVER_OK, is not touched (A1), and neither is one of a device that needs a reset.
+        Memory is given back before the driver is shown the used buffers. One call gives back at most a few
+        slices of 32 MiB: while the result has `Effect.NOTIFY_AGAIN`, the queue has more, and nobody but the
+        caller goes on with it. A queue that does not run, or whose driver has not set DRIVER_OK, is not
+        touched (A1), and neither is one of a device that needs a reset.
 
         :raise StateError: a worker owns queues of this device, or this is inside a before-release hook.
         :raise GuestError: only with `strict`: the first thing that the driver got wrong. What is to be done

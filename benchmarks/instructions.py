@@ -36,6 +36,7 @@ from native import build_c
 import balloon._queue
 from balloon._kernel import _set_system_calls
 from balloon._ring import SplitRing
+from balloon._worker import Worker
 from balloon.device import Balloon
 from balloon.memory import GuestMemory
 from balloon.spec import Feature, Role
@@ -48,7 +49,7 @@ __all__ = ["KEPT", "Missing", "grown", "kept", "key", "measure", "rows"]
 KEPT = Path(__file__).with_suffix(".json")
 TOLERANCE = 1.05
 REPEATS = 3
-ENTRIES = ("__pyx_pw_7balloon_6_queue_9DataQueue_*serve", "__pyx_pw_7balloon_7testing_8_measure_*")
+ENTRIES = ("__pyx_pw_7balloon_7_worker_6Worker_*drain", "__pyx_pw_7balloon_7testing_8_measure_*")
 """Where counting begins and ends: what Cython calls the methods that Python calls."""
 
 MIB, PAGE = 1 << 20, 4096
@@ -89,6 +90,7 @@ class Guest:
         features = self.device.device_features & ~Feature.PAGE_POISON
         self.driver = Driver(GuestRam.of(self.memory), self.device, features=features, queue_size=QUEUE)
         self.driver.start()
+        self.worker = Worker(threaded=False)
         self.first = -(-self.driver.end_of_rings // (2 * MIB)) * 2 * MIB
 
     def chain(self, position: int, length: int, size: int) -> list[Buffer]:
@@ -131,10 +133,14 @@ class Guest:
 
     def serve(self, role: Role) -> None:
         """The product's whole way: the queue is served until it is empty."""
-        _, outcome, fault, _ = self.device.queue(self.driver.indices[role]).serve()
-        if outcome != "idle" or fault:
-            raise RuntimeError(f"{role.name}: {outcome}, {fault!r}")
+        queue = self.device.queue(self.driver.indices[role])
+        if queue.worker is None:
+            self.worker.attach(queue, -1)
+        self.worker.poke(queue)
+        self.worker.drain(1 << 20)
         self.driver.queues[role].take_used()
+        if self.driver.queues[role].posted or queue.fault:
+            raise RuntimeError(f"{role.name}: {len(self.driver.queues[role].posted)} left, {queue.fault!r}")
 
 
 Run = Callable[[int], None]

@@ -20,6 +20,8 @@ import pytest
 from bench import HUGE, meminfo
 from hypothesis import settings
 
+from balloon._drain import _set_wait
+
 # A time limit for one example fails on a busy machine, and under the sanitizers.
 settings.register_profile("balloon", settings.get_profile(settings.get_current_profile_name()), deadline=None)
 settings.load_profile("balloon")
@@ -53,6 +55,14 @@ def require() -> Callable[[str, object, str], None]:
         pytest.skip(f"{name}: {reason}")
 
     return check
+
+
+@pytest.fixture
+def patient() -> Iterator[None]:
+    """Let requests wait for the reclaim rate for as long as it takes, and not for a moment only."""
+    _set_wait(1e6)
+    yield
+    _set_wait()
 
 
 KINDS = ("anon_inode:", "socket:", "/memfd:")

@@ -620,7 +620,9 @@ def test_contract_6_a_chain_that_names_all_of_ram_again_and_again() -> None:
     queue = bench.queue(Role.REPORTING)
     head = queue.post([(0, 0xFFFFFFFF, True)] * 64, indirect=True)
     with Recorder(forward=False) as recorder:
-        effect = bench.device.notify(bench.index(Role.REPORTING))
+        assert bench.device.notify(bench.index(Role.REPORTING)) == Effect.NOTIFY_AGAIN
+        assert len(recorder.calls) <= NOTIFY_SLICES
+        effect = bench.notify(Role.REPORTING)
     assert effect & ~Effect.NOTIFY_USED == Effect.NONE
     assert queue.take_used() == [head]
     sizes = [sum(length for _, length in call) for call in recorder.calls]

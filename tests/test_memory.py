@@ -30,7 +30,7 @@ from balloon._reclaim import Reclaimer
 from balloon._ring import SplitRing
 from balloon.errors import ConfigError, RingError, StateError
 from balloon.memory import FdRegion, Residency
-from balloon.spec import Fault, Role
+from balloon.spec import SLICE_BYTES, Fault, Role
 from balloon.testing import Driver, GuestRam
 from balloon.testing.faults import real_madvise, system_calls
 
@@ -1386,14 +1386,14 @@ def test_a_drain_that_a_swap_interrupts_goes_on_in_the_new_map(memory: GuestMemo
         swapping.result()
         assert effect & Effect.NOTIFY_AGAIN
         assert queue.take_used() == []
-        assert gate.calls == [(start, 64 * MIB)]
+        assert gate.calls == [(start, SLICE_BYTES)]
         big.close()
         assert not device.notify(REPORTING) & Effect.NOTIFY_AGAIN
     assert queue.take_used() == [head]
     assert gate.calls[1:] == [(memory.regions[0].host_address, PAGE)]
     counters = device.counters
-    assert counters.advised_bytes == 64 * MIB + PAGE
-    assert counters.outside_bytes == 192 * MIB
+    assert counters.advised_bytes == SLICE_BYTES + PAGE
+    assert counters.outside_bytes == 256 * MIB - SLICE_BYTES
     assert counters.chains == 1
 
 

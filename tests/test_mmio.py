@@ -511,6 +511,7 @@ def test_a_driver_that_keeps_its_ring_full_does_not_keep_its_own_vcpu(rig: Rig) 
     assert not queue.posted
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_reclaim_rate_is_waited_for_outside_the_access(rig: Rig) -> None:
     rig.driver.start()
     rig.device.set_reclaim_rate(MIB // 16)

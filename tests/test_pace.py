@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from bench import KIB, MIB, PAGE, PATIENCE, Bench, Events, Recorder, thread, until
 
+from balloon._drain import _set_wait
 from balloon._worker import Worker
 from balloon.device import Effect
 from balloon.errors import ConfigError
-from balloon.spec import SLICE_BYTES, Feature, Role
+from balloon.spec import SLICE_BYTES, WAIT_NS_MAX, Feature, Role
 
 # -------------------------------------------------------------------------------------------- credit
 
 
+@pytest.mark.usefixtures("patient")
 def test_after_wait_seconds_there_is_credit() -> None:
     """A slice of more than the rate: what it went beyond is waited for once, and not bit by bit."""
     with Bench() as bench:
@@ -30,6 +33,7 @@ def test_after_wait_seconds_there_is_credit() -> None:
         assert bench.queue(Role.REPORTING).take_used() == [first, second]
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_driver_that_keeps_kicking_earns_credit_all_the_same() -> None:
     """At a low rate less than a byte is earned from one kick to the next; it adds up."""
     with Bench() as bench:
@@ -46,6 +50,7 @@ def test_a_driver_that_keeps_kicking_earns_credit_all_the_same() -> None:
         assert got == heads
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("rate", [None, 1 << 40])
 def test_another_rate_wakes_a_queue_that_waits(rate: int | None) -> None:
     """Under a worker, which would have slept for days."""
@@ -63,6 +68,7 @@ def test_another_rate_wakes_a_queue_that_waits(rate: int | None) -> None:
         assert bench.small_gone() == [0, 2]
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("rate", [None, 1 << 40])
 def test_another_rate_ends_the_wait_of_who_notifies(rate: int | None) -> None:
     """Whoever sleeps for `wait_seconds` is told that there is nothing to wait for."""
@@ -94,6 +100,7 @@ def drain(bench: Bench, role: Role) -> tuple[int, list[int]]:
     return later, got + bench.queue(role).take_used()
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("role", [Role.REPORTING, Role.INFLATE])
 def test_going_on_later_finishes_everything(role: Role) -> None:
     """notify() says when, nothing is used twice, nothing is lost."""
@@ -117,6 +124,7 @@ def test_going_on_later_finishes_everything(role: Role) -> None:
         assert bench.device.counters.advised_bytes == 40 * 12 * PAGE
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_long_chain_waits_in_the_middle() -> None:
     """Popped, and not at its end: its head is not used before all of it was discarded."""
     size = 5 * SLICE_BYTES // 2
@@ -133,6 +141,7 @@ def test_a_long_chain_waits_in_the_middle() -> None:
         assert bench.device.counters.advised_bytes == 2 * size
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("role", [Role.REPORTING, Role.INFLATE])
 def test_a_worker_goes_on_by_itself(role: Role) -> None:
     """No kick and no event is needed for it."""
@@ -148,6 +157,7 @@ def test_a_worker_goes_on_by_itself(role: Role) -> None:
         assert bench.device.counters.advised_bytes == 480 * PAGE
 
 
+@pytest.mark.usefixtures("patient")
 def test_other_devices_of_the_worker_are_not_slowed() -> None:
     """One stays where it is at a byte in a second, another's thousand reports are done meanwhile."""
     with Worker() as worker, Bench(worker=worker) as slow, Bench(worker=worker) as fast:
@@ -166,6 +176,7 @@ def test_other_devices_of_the_worker_are_not_slowed() -> None:
         assert slow.device.counters.advised_bytes == PAGE
 
 
+@pytest.mark.usefixtures("patient")
 def test_deflate_and_statistics_are_never_slowed() -> None:
     """Nor is hinting that only collects."""
     with (
@@ -201,6 +212,7 @@ def test_deflate_and_statistics_are_never_slowed() -> None:
         del raw
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("how", ["detach", "close", "stop", "reset", "swap"])
 def test_what_ends_a_wait(how: str) -> None:
     """A queue that waits for credit, in the middle of a chain: it ends at once, and its head is used once."""
@@ -236,6 +248,7 @@ def test_what_ends_a_wait(how: str) -> None:
         assert bench.device.counters.advised_bytes == advised
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("how", ["stop", "reset"])
 def test_what_ends_a_wait_of_who_notifies(how: str) -> None:
     with Bench() as bench:
@@ -253,6 +266,7 @@ def test_what_ends_a_wait_of_who_notifies(how: str) -> None:
         assert bench.small_gone() == [0]
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("rate", [1, 2, 1000, 1 << 32, 1 << 61, (1 << 62) - 1])
 def test_absurd_rates(rate: int) -> None:
     """Some is discarded at once at any rate, no wait is beyond all bounds, and no arithmetic wraps."""
@@ -289,6 +303,7 @@ def test_rates_that_cannot_be() -> None:
         assert bench.device.counters.advised_bytes == 10 * PAGE
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_rate_changes_at_full_load() -> None:
     """While a worker serves, from a crawl to none and back: each head is used once, nothing stands still."""
     rates = (1, None, 1 << 20, 1, 1 << 40, None)
@@ -313,6 +328,7 @@ def test_the_rate_changes_at_full_load() -> None:
         assert bench.device.counters.advised_bytes == 300 * 17 * PAGE
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_rate_and_a_hook() -> None:
     """What the hook keeps costs no credit; each slice waits for both."""
     with Worker() as worker, Bench(worker=worker) as bench, Events(worker, bench):
@@ -391,3 +407,155 @@ def test_reporting_is_switched_at_full_load() -> None:
         assert counters.kept_bytes + counters.advised_bytes == counters.reported_bytes == 4000 * PAGE
         assert counters.kept_bytes
         assert counters.advised_bytes
+
+
+# ------------------------------------------------------------------- no request waits for long
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Requests that have to wait at all have waited for too long when they are looked at again."""
+    _set_wait(1e-9)
+    yield
+    _set_wait()
+
+
+def serve(bench: Bench, role: Role) -> list[int]:
+    """Notify until nothing waits; the heads that came back."""
+    end = time.monotonic() + PATIENCE
+    while bench.notify(role) & Effect.NOTIFY_LATER:
+        time.sleep(bench.native(role).wait_seconds)
+        assert time.monotonic() < end
+    return bench.queue(role).take_used()
+
+
+def test_a_request_waits_for_the_rate_for_a_quarter_of_a_second_at_most() -> None:
+    """Then it is acknowledged, and its pages stay with the guest: its driver may hold locks meanwhile."""
+    with Bench() as bench:
+        bench.device.set_reclaim_rate(1)
+        assert serve(bench, Role.REPORTING) == []
+        assert serve_one(bench) == "advised"
+        head = bench.post_report(2)
+        assert bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+        assert 0 < bench.native(Role.REPORTING).wait_seconds <= WAIT_NS_MAX / 1e9
+        assert serve(bench, Role.REPORTING) == [head]
+        assert bench.small_gone() == [0]
+        counters = bench.device.counters
+        assert (counters.advised_bytes, counters.late_bytes) == (PAGE, PAGE)
+
+
+def serve_one(bench: Bench) -> str:
+    """Serve a report of the first page; what became of it."""
+    before = bench.device.counters
+    head = bench.post_report()
+    assert serve(bench, Role.REPORTING) == [head]
+    after = bench.device.counters
+    return "advised" if after.advised_bytes > before.advised_bytes else "late"
+
+
+@pytest.mark.parametrize("role", [Role.REPORTING, Role.INFLATE])
+@pytest.mark.usefixtures("impatient")
+def test_all_that_waited_together_is_late_together(role: Role) -> None:
+    """Not one after another, each with a wait of its own: the last one would wait for minutes."""
+    with Bench() as bench:
+        bench.device.set_reclaim_rate(1)
+        assert serve_one(bench) == "advised"
+        heads = [
+            bench.post_report(2 * n)
+            if role is Role.REPORTING
+            else bench.post_pages([bench.first_page + 2 * n], at=bench.base + 900 * PAGE + 4 * n)
+            for n in range(1, 41)
+        ]
+        assert bench.notify(role) & Effect.NOTIFY_LATER
+        assert bench.queue(role).take_used() == []
+        assert not bench.notify(role) & Effect.NOTIFY_LATER
+        assert bench.queue(role).take_used() == heads
+        assert bench.device.counters.late_bytes == 40 * PAGE
+        assert bench.small_gone() == [0]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_comes_later_waits_anew() -> None:
+    """It is not late because others were."""
+    with Bench() as bench:
+        bench.device.set_reclaim_rate(1)
+        assert serve_one(bench) == "advised"
+        for page in (2, 4):
+            heads = [bench.post_report(page)]
+            assert bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+            heads.append(bench.post_report(page))
+            assert bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+            assert bench.queue(Role.REPORTING).take_used() == heads[:1]
+            assert bench.notify(Role.REPORTING) & ~Effect.NOTIFY_USED == Effect.NONE
+            assert bench.queue(Role.REPORTING).take_used() == heads[1:]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_is_late_is_not_discarded_though_there_is_credit_by_then() -> None:
+    """A driver that gave up uses its pages and its table again: nobody who comes late may touch these."""
+    with Bench(big=MIB) as bench:
+        bench.device.set_reclaim_rate(1)
+        assert serve_one(bench) == "advised"
+        bench.post_pages([bench.first_page + 8], at=bench.base + 900 * PAGE)
+        assert bench.notify(Role.INFLATE) & Effect.NOTIFY_LATER
+        bench.ram.array(bench.base + 900 * PAGE, "<u4", 1)[0] = bench.parts(0)[0]
+        bench.device.set_reclaim_rate(None)
+        bench.notify(Role.INFLATE)
+        assert bench.small_gone() == [0]
+        assert bench.device.partial_bytes == 0
+        assert len(bench.queue(Role.INFLATE).take_used()) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_rest_of_a_long_chain_stays_with_the_guest() -> None:
+    """What was discarded of it before is gone; its head comes back once."""
+    size = 3 * SLICE_BYTES
+    with Bench(ram_bytes=size + 4 * MIB) as bench:
+        bench.device.set_reclaim_rate(1)
+        head = bench.queue(Role.REPORTING).post([(bench.base, size, True)])
+        assert bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+        assert not bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER
+        assert bench.queue(Role.REPORTING).take_used() == [head]
+        counters = bench.device.counters
+        assert counters.advised_bytes + counters.late_bytes == size
+        assert counters.advised_bytes == SLICE_BYTES
+
+
+def test_a_worker_acknowledges_what_is_late_without_a_kick() -> None:
+    """An inflate request under a rate of a byte in a second: a guest out of memory gets on all the same."""
+    with Worker() as worker, Bench(worker=worker) as bench:
+        bench.device.set_reclaim_rate(1)
+        for n in range(4):
+            bench.driver.inflate([bench.first_page + n])
+            bench.driver.deflate([bench.first_page + n])
+        counters = bench.device.counters
+        assert (counters.advised_bytes, counters.late_bytes) == (PAGE, 3 * PAGE)
+        assert bench.small_gone() == [0]
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_deflate_request_does_not_wait_for_an_inflate_request() -> None:
+    """However long that one waits, in whichever thread the queues are served."""
+    with Worker() as worker, Bench(worker=worker) as served, Bench() as notified:
+        for bench in (served, notified):
+            bench.device.set_reclaim_rate(1)
+            bench.driver.inflate([bench.first_page])
+            bench.post_pages([bench.first_page + 1])
+        served.kick(Role.INFLATE)
+        until(lambda: served.native(Role.INFLATE).wait_seconds)
+        assert notified.notify(Role.INFLATE) & Effect.NOTIFY_LATER
+        for bench in (served, notified):
+            bench.driver.deflate([bench.first_page])
+            assert bench.queue(Role.INFLATE).take_used() == []
+
+
+def test_the_rate_holds_on_average_and_the_rest_is_late() -> None:
+    """Nothing is lost in the account: each byte is discarded or late."""
+    with Bench() as bench:
+        bench.device.set_reclaim_rate(MIB)
+        for n in range(40):
+            head = bench.post_report(16 * n, 12)
+            assert serve(bench, Role.REPORTING) == [head]
+        counters = bench.device.counters
+        assert counters.advised_bytes + counters.late_bytes == 40 * 12 * PAGE
+        assert counters.advised_bytes >= MIB

@@ -514,6 +514,45 @@ def test_nobody_takes_events() -> None:
         assert bench.small_gone() == []
 
 
+def test_a_chain_waits_for_all_its_verdicts_together_no_longer_than_for_one() -> None:
+    """Its slices are not asked about one after another, each with a time-out of its own."""
+    size = 3 * SLICE_BYTES
+    with Bench(ram_bytes=size + 4 * MIB) as bench:
+        asked: list[Any] = []
+
+        def hook(ranges: Any) -> None:
+            asked.append(ranges)
+            time.sleep(0.01 if len(asked) == 1 else 0.3)
+
+        bench.device.set_release_hook(hook, timeout=0.3)
+        head = bench.queue(Role.REPORTING).post([(bench.base, size, True)])
+        until(lambda: not bench.notify(Role.REPORTING) & Effect.NOTIFY_LATER)
+        assert bench.queue(Role.REPORTING).take_used() == [head]
+        assert 1 <= len(asked) <= 2
+        counters = bench.device.counters
+        assert counters.advised_bytes + counters.late_bytes + counters.vetoed_bytes == size
+        assert counters.late_bytes >= SLICE_BYTES
+        bench.driver.report([(bench.base, PAGE)])
+        assert len(asked) >= 2, "the next chain is asked about"
+
+
+def test_a_verdict_that_is_carried_out_too_late_changes_nothing() -> None:
+    """It came in time, and then nobody served the queue: the driver may have given up."""
+    with Bench() as bench:
+        bench.device.set_release_hook(lambda _: True, timeout=0.05)
+        head = bench.post_report()
+        native = bench.native(Role.REPORTING)
+        assert native.serve()[1] == "wait"
+        waiting = native.pending()
+        assert waiting is not None
+        native.decide(waiting[0], b"\1")
+        time.sleep(0.1)
+        bench.notify(Role.REPORTING)
+        assert bench.queue(Role.REPORTING).take_used() == [head]
+        assert bench.small_gone() == []
+        assert bench.device.counters.late_bytes == PAGE
+
+
 def test_an_interrupted_hook_is_a_veto_in_time() -> None:
     """KeyboardInterrupt goes up to whoever called notify(); the buffer comes back after the timeout."""
     with Bench() as bench:
@@ -826,7 +865,7 @@ def test_what_waits_is_looked_at_while_it_is_asked_for_the_first_time() -> None:
                 bench.device.set_release_hook(lambda _: True, timeout=PATIENCE)
                 native = bench.native(Role.INFLATE)
                 # A slice that takes its time before it asks.
-                head = bench.post_pages([bench.first_page + 200] * (SLICE_WORK - 100), at=bench.base)
+                head = bench.post_pages([bench.first_page + 200] * (SLICE_WORK - 1000), at=bench.base)
                 bench.kick(Role.INFLATE)
                 end = time.monotonic() + PATIENCE
                 while (waiting := native.pending()) is None:

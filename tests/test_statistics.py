@@ -739,7 +739,7 @@ def test_a_payload_that_is_gone_leaves_the_last_one_readable() -> None:
     """SIGBUS in the middle of a read parks the queue; what came before can still be had."""
     done = run_apart(
         """
-        import os, time
+        import mmap, os, time
         from balloon import Balloon, GuestMemory
         from balloon._worker import Worker
         from balloon.spec import Fault, Role
@@ -747,8 +747,7 @@ def test_a_payload_that_is_gone_leaves_the_last_one_readable() -> None:
 
         memfd = os.memfd_create("ram")
         os.ftruncate(memfd, 1 << 20)
-        memory = GuestMemory()
-        memory.add_fd(memfd, 1 << 20)
+        memory = GuestMemory(mmap.mmap(memfd, 1 << 20))  # a buffer: it is not known to be a file
         ram = GuestRam.of(memory)
         device = Balloon(memory)
         driver = Driver(ram, device, queue_size=16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import struct
 import subprocess
@@ -17,7 +19,7 @@ from bench import MIB, PAGE, PATIENCE, Bench, Events, until
 from balloon._worker import Worker
 from balloon.device import Effect
 from balloon.errors import GuestError, PayloadError, RingError
-from balloon.spec import FAULT_TEXT, STATS_BYTES_MAX, Fault, Feature, Role, Status
+from balloon.spec import FAULT_TEXT, PAYLOAD_MAX, STATS_BYTES_MAX, Fault, Feature, Role, Status
 from balloon.testing.driver import INDIRECT, NEXT, Buffer
 
 NOWHERE = 1 << 60
@@ -96,6 +98,10 @@ def pages(role: Role, *numbers: int) -> Callable[[Bench], int]:
     return lambda bench: bench.post_pages(numbers, role, at=bench.base + PAGE)
 
 
+def too_many_numbers(bench: Bench) -> int:
+    return bench.post_pages([bench.first_page + 300] * (PAYLOAD_MAX // 4 + 1), at=bench.base + 400 * PAGE)
+
+
 def two_buffers(bench: Bench) -> int:
     buffers(Role.STATS, (0, 10, False))(bench)
     return buffers(Role.STATS, (PAGE, 10, False))(bench)
@@ -131,6 +137,7 @@ CASES: dict[str, Case] = {
     "statistics to be written": Case(Role.STATS, Fault.DIRECTION, buffers(Role.STATS, (0, 10, True))),
     "six bytes of numbers": Case(Role.INFLATE, Fault.PARTIAL_PFN, odd_length),
     "a byte to deflate": Case(Role.DEFLATE, Fault.PARTIAL_PFN, buffers(Role.DEFLATE, (0, 1, False))),
+    "too many page numbers": Case(Role.INFLATE, Fault.PAYLOAD_LENGTH, too_many_numbers),
     "report of nowhere": Case(
         Role.REPORTING, Fault.OUTSIDE_MEMORY, buffers(Role.REPORTING, (NOWHERE, PAGE, True))
     ),
@@ -207,11 +214,13 @@ def test_notify_raises_the_first_fault(name: str) -> None:
         index = bench.driver.indices[case.role]
         head, used = post(case, bench)
         bench.queue(case.role).ask_for_call()
+        effects = [Effect.NOTIFY_AGAIN]
         with pytest.raises(GuestError) as raised:
-            bench.notify(case.role)
+            effects.extend(iter(lambda: bench.device.notify(index), Effect.NONE))
         check(raised.value, case, bench, head)
         assert bench.queue(case.role).take_used() == used
-        effect = bench.device.take_effects() & ~Effect.STATS
+        effects.append(bench.device.take_effects())
+        effect = functools.reduce(operator.or_, effects) & ~(Effect.STATS | Effect.NOTIFY_AGAIN)
         assert effect == Effect.NEEDS_RESET | Effect.NOTIFY_CONFIG | (
             Effect.NOTIFY_USED if used else Effect.NONE
         )

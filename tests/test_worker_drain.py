@@ -18,9 +18,9 @@ from bench import MIB, PAGE, PATIENCE, Bench, Gate, Recorder, thread
 
 from balloon._worker import Worker
 from balloon.errors import ConfigError, StateError
-from balloon.spec import Role
+from balloon.spec import SLICE_BYTES, Role
 
-SLICE = 64 * MIB
+SLICE = SLICE_BYTES
 
 
 def readable(worker: Worker, timeout: float = 0.0) -> bool:
@@ -177,6 +177,7 @@ def test_one_wait_and_one_slice_for_each_kick() -> None:
 # --------------------------------------------------------------------------------------- what waits
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_rate_makes_the_fd_readable_when_there_is_credit() -> None:
     """It is woken for slices, and not in between; what was served has all been paid for."""
     with benches(ram_bytes=300 * MIB) as (worker, (bench,)):
@@ -196,6 +197,7 @@ def test_the_rate_makes_the_fd_readable_when_there_is_credit() -> None:
         assert not readable(worker)
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("how", ["detach", "close", "faster"])
 def test_what_waits_for_its_time_can_be_had_at_once(how: str) -> None:
     with benches() as (worker, (bench,)):

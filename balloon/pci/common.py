@@ -209,14 +209,14 @@ class CommonStructure(Transport):
     def _attach(self, index: int) -> bool:
         return super()._attach(index) if self._master else not self._closed
 
-    def _serve_once(self, index: int) -> bool:
+    def _serve_once(self, index: int) -> None:
         """Without the lock."""
         with self._lock:
             if not self._master:
                 self._pending.discard(index)
                 self._waiting.add(index)
-                return False
-        return super()._serve_once(index)
+                return
+        super()._serve_once(index)
 
     def _master_changed(self) -> None:
         if self._master:
