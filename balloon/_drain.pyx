@@ -33,6 +33,7 @@ from balloon._statistics cimport fill_stats
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
+    void word_store(uint64_t *p, uint64_t v)
 
 cdef extern from "<time.h>" nogil:
     cdef struct timespec:
@@ -67,7 +68,7 @@ cdef bint has_credit(queue_t *q) noexcept nogil:
         d.credit_ns += <uint64_t>(<double><int64_t>earned * SECOND / <double>d.rate)
     if d.credit > 0:
         return True
-    q.due_ns = now + <uint64_t>(<double>(1 - d.credit) * SECOND / <double>d.rate) + 1
+    word_store(&q.due_ns, now + <uint64_t>(<double>(1 - d.credit) * SECOND / <double>d.rate) + 1)
     return False
 
 
@@ -90,7 +91,7 @@ cdef bint ask_hook(queue_t *q, reclaim_t *r) noexcept nogil:
     q.release = RELEASE_ASKED
     q.release_number += 1
     q.news |= NEWS_RELEASE
-    q.due_ns = monotonic_ns() + q.device.hook_timeout_ns
+    word_store(&q.due_ns, monotonic_ns() + q.device.hook_timeout_ns)
     reclaim_clear(r)  # others are served with it meanwhile
     return True
 
@@ -275,10 +276,10 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
         if q.first_fault == FAULT_NONE and -got != FAULT_AVAILABLE_AHEAD and -got != FAULT_HEAD_RANGE:
             q.first_head = q.ring.head
         count_fault(q, -got)
-        q.fault = -got
+        flag_store(&q.fault, -got)
         return SLICE_FAULT
     if q.first_fault != FAULT_NONE and not q.in_chain and flag_load(&q.device.strict):
-        q.fault = q.first_fault
+        flag_store(&q.fault, q.first_fault)
         return SLICE_FAULT
     # An empty ring is listened to at once: another slice would only find out that it still is.
     return SLICE_IDLE if got == 0 and not split_listen(q.ring) else SLICE_MORE
