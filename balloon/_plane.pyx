@@ -7,13 +7,12 @@ and without the GIL, until the slice under way has ended and no longer. With not
 CONTRACTS 4 makes a new map a command to the worker. The lock gives the same promise, no drain ever sees two
 maps, and needs neither a detach nor a way back from one when another device does not become quiet in time.
 
-Where the lock is held, no bytecode runs (CONTRACTS 30): a signal's handler may raise there, and a finalizer may
-want the same lock. Python that has to hold it uses `Holds`.
+Where the lock is held, no bytecode runs (CONTRACTS 30): a signal's handler may raise there, and a finalizer
+may want the same lock. Python that has to hold it uses `Holds`.
 """
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.errno cimport ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free
 
@@ -24,7 +23,7 @@ from balloon._fill cimport (
 from balloon._memory cimport GuestMap, check_process, process_generation
 from balloon._parts cimport PartsTable
 from balloon._pthread cimport (
-    mutex_lock_until, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_trylock, pthread_mutex_unlock,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock,
 )
 from balloon._spec cimport HINT_STOP, ROLE_HINTING
 
@@ -36,6 +35,7 @@ cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
     void flag_add(int *p, int v)
+    int mutex_lock_until(pthread_mutex_t *mutex, uint64_t monotonic_ns)  # 0, or ETIMEDOUT
 
 
 cdef extern from "Python.h":
@@ -305,7 +305,7 @@ cdef class DataPlane:
         self.release()
 
     def hold(self, double timeout=10.0):
-        """Keep every drain of this device out until `let_go()`; where an exception may come between, see `Holds`.
+        """Keep every drain of this device out until `let_go()`; `Holds` lets go whatever comes between.
 
         :raise StateError: a drain did not end in time.
         """

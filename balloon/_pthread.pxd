@@ -1,7 +1,5 @@
 # What is used of the threads of the C library. A mutex is waited for without the GIL, and with a time-out.
 
-from libc.stdint cimport uint64_t
-
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
         pass
@@ -36,6 +34,3 @@ cdef extern from "<pthread.h>" nogil:
     pthread_t pthread_self()
     int pthread_setname_np(pthread_t which, const char *name)
     int pthread_getcpuclockid(pthread_t which, int *clock)
-
-cdef extern from "_atomics.h" nogil:
-    int mutex_lock_until(pthread_mutex_t *mutex, uint64_t monotonic_ns)  # 0, or ETIMEDOUT

@@ -2,7 +2,7 @@ from balloon._bell cimport StatusWord
 from balloon._fill cimport queue_t
 from balloon._memory cimport GuestMap
 from balloon._plane cimport DataPlane
-from balloon._reactor cimport command_t, slot_t
+from balloon._slots cimport command_t, slot_t
 from balloon._ring cimport SplitRing
 
 cdef tuple name_news(int news)

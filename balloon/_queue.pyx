@@ -19,7 +19,7 @@ from balloon._fill cimport (
 from balloon._kernel cimport kernel_vectored
 from balloon._memory cimport GuestMap, check_process
 from balloon._plane cimport DataPlane
-from balloon._reactor cimport CALL_NONE
+from balloon._slots cimport CALL_NONE
 from balloon._reclaim cimport Reclaimer, range_t, reclaim_t
 from balloon._ring cimport SplitRing
 from balloon._spec cimport NOTIFY_SLICES, ROLE_STATS

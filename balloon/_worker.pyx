@@ -13,10 +13,11 @@ from balloon._memory cimport check_process, process_generation
 from balloon._plane cimport DataPlane
 from balloon._pthread cimport pthread_mutex_destroy
 from balloon._queue cimport DataQueue, _Attachment, name_news, open_call
-from balloon._reactor cimport (
+from balloon._reactor cimport reactor_drain, reactor_watch
+from balloon._runner cimport runner_free, runner_make, worker_close, worker_open, worker_start
+from balloon._slots cimport (
     CALL_NONE, COMMAND_ATTACH, COMMAND_CALL, COMMAND_DETACH, COMMAND_POKE, COMMAND_STOP, command_t,
-    reactor_close, reactor_collect, reactor_drain, reactor_hear, reactor_open, reactor_post,
-    reactor_set_call, reactor_start, reactor_watch, runner_free, runner_make, runner_t, slot_t, worker_t,
+    mail_collect, mail_command, mail_hear, runner_t, slot_set_call, slot_t, worker_t,
 )
 
 import atexit
@@ -116,14 +117,14 @@ cdef class Worker:
         self.events = []
         self.ending = threading.RLock()
         self.threaded = threaded
-        error = reactor_open(&self.worker, survive_sigbus, threaded)
+        error = worker_open(&self.worker, survive_sigbus, threaded)
         if not error and threaded:
             with nogil:
-                error = reactor_start(&self.worker)
+                error = worker_start(&self.worker)
         if not threaded:
             self.runner = runner_make(&self.worker)
         if error or (self.runner == NULL and not threaded):
-            reactor_close(&self.worker)
+            worker_close(&self.worker)
             if not error:
                 raise MemoryError
             raise OSError(error, os.strerror(error))
@@ -156,7 +157,7 @@ cdef class Worker:
         return command
 
     cdef int post(self, int kind, _Attachment attachment) except -1:
-        reactor_post(&self.worker, self.make_command(kind, attachment))
+        mail_command(&self.worker, self.make_command(kind, attachment))
         return 0
 
     @property
@@ -282,7 +283,7 @@ cdef class Worker:
                         else:
                             queue.worker = attachment
                             plane.worker = self
-                            reactor_post(&self.worker, command)
+                            mail_command(&self.worker, command)
                             command = NULL
                 finally:
                     let_go()
@@ -350,7 +351,7 @@ cdef class Worker:
             with _side:
                 attachment = self.attachment_of(queue)
                 slot = &attachment.slot
-                old = reactor_set_call(&self.worker, slot, word, &busy)
+                old = slot_set_call(&self.worker, slot, word, &busy)
                 attachment.call_fd = call_fd
                 unused = [] if busy else [old]
                 if flag_load(&slot.calling) != attachment.retired:
@@ -432,11 +433,11 @@ cdef class Worker:
         cdef command_t *after
         cdef slot_t *slot
         cdef _Attachment attachment
-        reactor_collect(&self.worker, &command, &slot)
+        mail_collect(&self.worker, &command, &slot)
         while slot != NULL:
             attachment = self.attachments[<uintptr_t>slot]
             slot = slot.next_news
-            for name in name_news(reactor_hear(&self.worker, &attachment.slot)):
+            for name in name_news(mail_hear(&self.worker, &attachment.slot)):
                 self.events.append((name, attachment.queue, 0))
         while command != NULL:
             after = command.next
@@ -517,6 +518,6 @@ cdef class Worker:
         finally:
             _alive.discard(self)
             with nogil:
-                reactor_close(&self.worker)
+                worker_close(&self.worker)
             if self.threaded:
                 Py_DECREF(self)

@@ -1191,7 +1191,7 @@ SETUP = """
     QUEUES, REPORTING = 4, 3
 
     def threads():
-        """How many threads of workers the kernel knows."""
+        # of workers, as the kernel knows them
         names = []
         for task in os.listdir("/proc/self/task"):
             try:
