@@ -60,8 +60,8 @@ cdef void send_call(int fd, bint is_socket) noexcept nogil:
     if is_socket:  # exactly eight bytes
         send(fd, &one, 8, MSG_DONTWAIT | MSG_NOSIGNAL)
         return
-    # Its flags are those of everybody who shares it, and so are left alone. A peer that changes them, or fills
-    # the eventfd, between this look and the write holds the thread up; a worker then gives that thread up.
+    # Its flags are those of everybody who shares it, and so are left alone. A peer that changes them, or
+    # fills the eventfd, between this look and the write holds the thread up; a worker then gives it up.
     if not fcntl(fd, F_GETFL) & O_NONBLOCK:
         writable.fd = fd
         writable.events = POLLOUT

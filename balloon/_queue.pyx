@@ -13,8 +13,8 @@ from libc.string cimport memset
 from balloon._bell cimport StatusWord, is_socket
 from balloon._drain cimport SLICE_MORE, monotonic_ns, queue_cut, queue_decide, queue_slice
 from balloon._fill cimport (
-    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_SLOW, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE, queue_t,
-    span_t, stats_t,
+    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_SLOW, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE,
+    queue_t, span_t, stats_t,
 )
 from balloon._kernel cimport kernel_vectored
 from balloon._memory cimport GuestMap, check_process

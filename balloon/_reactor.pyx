@@ -20,6 +20,7 @@ Rules (CONTRACTS 1 to 6, 10, 11, 18):
 * A ring that nobody kicks is paced: one whose used ring lies on an available ring feeds itself.
 """
 
+from libc.errno cimport errno
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from balloon._bell cimport ring_bell
@@ -27,7 +28,9 @@ from balloon._drain cimport (
     SLICE_FAULT, SLICE_IDLE, SLICE_MORE, SLICE_WAIT, monotonic_ns, queue_cut, queue_slice,
 )
 from balloon._fill cimport NEWS_FAULT, NEWS_REFUSED, RELEASE_NONE, queue_t
-from balloon._pthread cimport pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock
+from balloon._pthread cimport (
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock,
+)
 from balloon._reclaim cimport reclaim_clear, reclaim_t
 from balloon._ring cimport split_t
 from balloon._slots cimport (
@@ -49,7 +52,15 @@ cdef extern from "_atomics.h" nogil:
     uint16_t load_acquire_u16(const void *p)
     void store_once_u16(void *p, uint16_t v)
     void full_fence()
+    int balloon_catch_sigbus()
+    void balloon_leave_sigbus()
     int balloon_guarded(int (*work)(void *, void *) noexcept nogil, void *a, void *b, int on_bus_error)
+
+cdef extern from "<pthread.h>" nogil:
+    """
+    static pthread_mutex_t balloon_bus_lock = PTHREAD_MUTEX_INITIALIZER;
+    """
+    pthread_mutex_t balloon_bus_lock
 
 cdef enum:
     MILLISECOND = 1000000       # ns
@@ -417,3 +428,22 @@ cdef uint32_t reactor_drain(runner_t *me, uint32_t budget) noexcept nogil:
         due = w.retry_ns
     waiter_alarm(&w.waiter, due)
     return budget - left
+
+
+# SIGBUS. What is installed and what it looks at are in this module.
+
+
+cdef int guard_begin() noexcept nogil:
+    """Have the handler, for one more worker; an errno if that fails."""
+    cdef int error
+    pthread_mutex_lock(&balloon_bus_lock)
+    error = errno if balloon_catch_sigbus() != 0 else 0
+    pthread_mutex_unlock(&balloon_bus_lock)
+    return error
+
+
+cdef void guard_end() noexcept nogil:
+    """One worker needs it no more."""
+    pthread_mutex_lock(&balloon_bus_lock)
+    balloon_leave_sigbus()
+    pthread_mutex_unlock(&balloon_bus_lock)

@@ -15,12 +15,12 @@ from balloon._drain cimport monotonic_ns
 from balloon._fill cimport NEWS_SLOW
 from balloon._kernel cimport iovec, kernel_vectored
 from balloon._pthread cimport (
-    PTHREAD_CREATE_DETACHED, SIG_SETMASK, SIGBUS, SIGFPE, SIGILL, SIGSEGV, clock_gettime, pthread_attr_destroy,
-    pthread_attr_init, pthread_attr_setdetachstate, pthread_attr_t, pthread_create, pthread_getcpuclockid,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_self, pthread_setname_np,
+    PTHREAD_CREATE_DETACHED, SIG_SETMASK, SIGBUS, SIGFPE, SIGILL, SIGSEGV, clock_gettime,
+    pthread_attr_destroy, pthread_attr_init, pthread_attr_setdetachstate, pthread_attr_t, pthread_create,
+    pthread_getcpuclockid, pthread_mutex_lock, pthread_mutex_unlock, pthread_self, pthread_setname_np,
     pthread_sigmask, pthread_t, sigdelset, sigfillset, sigset_t, timespec,
 )
-from balloon._reactor cimport take_turns, wake_watch
+from balloon._reactor cimport guard_begin, guard_end, take_turns, wake_watch
 from balloon._reclaim cimport range_t
 from balloon._slots cimport (
     WATCH_ASLEEP, WATCH_AWAKE, mail_news, mail_open, runner_t, slot_t, worker_t,
@@ -40,14 +40,6 @@ cdef extern from "_atomics.h" nogil:
     void futex_wait(int *p, int v, const timespec *how_long)
     int thread_id()
     int thread_waits(int tid)
-    int balloon_catch_sigbus()
-    void balloon_leave_sigbus()
-
-cdef extern from "<pthread.h>" nogil:
-    """
-    static pthread_mutex_t balloon_bus_lock = PTHREAD_MUTEX_INITIALIZER;
-    """
-    pthread_mutex_t balloon_bus_lock
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -228,9 +220,7 @@ cdef int worker_open(worker_t *w, bint guarded, bint threaded) noexcept nogil:
     if w.event_fd < 0:
         return errno
     if guarded:
-        pthread_mutex_lock(&balloon_bus_lock)
-        error = errno if balloon_catch_sigbus() != 0 else 0
-        pthread_mutex_unlock(&balloon_bus_lock)
+        error = guard_begin()
         w.guarded = error == 0
     return error
 
@@ -259,6 +249,4 @@ cdef void worker_close(worker_t *w) noexcept nogil:
     w.event_fd = -1
     if w.guarded:
         w.guarded = False
-        pthread_mutex_lock(&balloon_bus_lock)
-        balloon_leave_sigbus()
-        pthread_mutex_unlock(&balloon_bus_lock)
+        guard_end()

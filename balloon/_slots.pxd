@@ -83,7 +83,7 @@ ctypedef struct worker_t:
     uint64_t paced_ns           # until then all queues that nobody kicks have had their share
     uint64_t serial             # of slices
     slot_t *serving
-    uint64_t ticket             # atomic: the slice under way, or 0; whoever takes it goes on with all the above
+    uint64_t ticket             # atomic: the slice under way, or 0; who takes it has all the above
     int tid                     # the thread that runs it
     int clock                   # its CPU time
     int watch                   # atomic, WATCH_*

@@ -465,8 +465,8 @@ cdef class Worker:
 
         A list of tuples: ("detached", queue, token), and (kind, queue, 0) for `Balloon.on_event()`: "fault",
         it has stopped; "refused", the kernel would not take a range; "stats", statistics have come;
-        "hints", a hinting round began or is complete; "release", ranges wait for the before-release hook; "slow",
-        a thread was stuck in the queue and was given up, once each time.
+        "hints", a hinting round began or is complete; "release", ranges wait for the before-release hook;
+        "slow", a thread was stuck in the queue and was given up, once each time.
         """
         self.check()
         self.collect()
