@@ -25,6 +25,8 @@ MODULES = [
     "balloon._reactor",
     "balloon._reclaim",
     "balloon._ring",
+    "balloon._runner",
+    "balloon._slots",
     "balloon._statistics",
     "balloon._waiter",
     "balloon._worker",

@@ -25,8 +25,18 @@ cdef extern from "<sys/eventfd.h>" nogil:
     int EFD_CLOEXEC, EFD_NONBLOCK
 
 cdef extern from "<sys/socket.h>" nogil:
+    ctypedef unsigned int socklen_t
+    int getsockopt(int fd, int level, int name, void *value, socklen_t *size)
+    int SOL_SOCKET, SO_TYPE
     ssize_t send(int fd, const void *data, size_t size, int flags)
     int MSG_DONTWAIT, MSG_NOSIGNAL
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t preadv2(int fd, const iovec *parts, int count, long offset, int flags)
+    int RWF_NOWAIT
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_write "write"(int fd, const void *data, size_t size)
@@ -44,20 +54,40 @@ cdef void ring_bell(int fd) noexcept nogil:
 
 
 cdef void send_call(int fd, bint is_socket) noexcept nogil:
-    """Send a used buffer notification, and never wait for whoever reads it."""
+    """Send a used buffer notification, and do not wait for whoever reads it."""
     cdef uint64_t one = 1
     cdef pollfd writable
     if is_socket:  # exactly eight bytes
         send(fd, &one, 8, MSG_DONTWAIT | MSG_NOSIGNAL)
         return
-    # Whoever shares the eventfd can take O_NONBLOCK off again, and fill it. Looking at the flag costs half of
-    # a poll and leaves as short a moment open; only where the flag is gone the fd itself is asked.
+    # Its flags are those of everybody who shares it, and so are left alone. A peer that changes them, or
+    # fills the eventfd, between this look and the write holds the thread up; a worker then gives it up.
     if not fcntl(fd, F_GETFL) & O_NONBLOCK:
         writable.fd = fd
         writable.events = POLLOUT
         if poll(&writable, 1, 0) != 1 or not writable.revents & POLLOUT:
             return
     c_write(fd, &one, 8)
+
+
+cdef void empty_call(int fd) noexcept nogil:
+    """Make room in a call eventfd that is full, for a thread that waits for it; this one never waits."""
+    cdef uint64_t drop
+    cdef iovec part
+    cdef pollfd writable
+    writable.fd = fd
+    writable.events = POLLOUT
+    if poll(&writable, 1, 0) == 0:
+        part.iov_base = &drop
+        part.iov_len = 8
+        preadv2(fd, &part, 1, -1, RWF_NOWAIT)
+
+
+cdef int is_socket(int fd) noexcept nogil:
+    """Whether an fd is a socket: a question that no file's owner is asked, as fstat(2) may ask him."""
+    cdef int kind
+    cdef socklen_t size = sizeof(kind)
+    return getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0
 
 
 @cython.final

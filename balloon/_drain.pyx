@@ -37,6 +37,7 @@ from balloon._statistics cimport fill_stats
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
+    void word_store(uint64_t *p, uint64_t v)
 
 cdef extern from "<time.h>" nogil:
     cdef struct timespec:
@@ -97,6 +98,7 @@ cdef bint has_credit(queue_t *q) noexcept nogil:
     """Whether a slice may begin now; else `due_ns` says when."""
     cdef device_t *d = q.device
     cdef uint64_t now = monotonic_ns()
+    cdef uint64_t due, last
     cdef double earned = <double>(now - d.credit_ns) * <double>d.rate / SECOND
     if earned >= <double>d.rate - <double>d.credit:
         d.credit = <int64_t>d.rate
@@ -106,9 +108,9 @@ cdef bint has_credit(queue_t *q) noexcept nogil:
         d.credit_ns += <uint64_t>(<double><int64_t>earned * SECOND / <double>d.rate)
     if d.credit > 0:
         return True
-    q.due_ns = now + <uint64_t>(<double>(1 - d.credit) * SECOND / <double>d.rate) + 1
-    if q.due_ns > note_wait(q, now) + wait_ns:
-        q.due_ns = q.since_ns + wait_ns
+    due = now + <uint64_t>(<double>(1 - d.credit) * SECOND / <double>d.rate) + 1
+    last = note_wait(q, now) + wait_ns
+    word_store(&q.due_ns, due if due < last else last)
     return False
 
 
@@ -127,7 +129,7 @@ cdef bint hooked(const queue_t *q) noexcept nogil:
 
 cdef bint ask_hook(queue_t *q, reclaim_t *r) noexcept nogil:
     """Lay what the kernel would be asked for before the hook; true if there is any."""
-    cdef uint64_t now, last
+    cdef uint64_t now, due, last
     reclaim_settle(r, &q.reclaimed)
     if r.count == 0:
         return False
@@ -144,7 +146,8 @@ cdef bint ask_hook(queue_t *q, reclaim_t *r) noexcept nogil:
     q.news |= NEWS_RELEASE
     now = monotonic_ns()
     last = note_wait(q, now) + hook_limit(q)
-    q.due_ns = now + q.device.hook_timeout_ns if now + q.device.hook_timeout_ns < last else last
+    due = now + q.device.hook_timeout_ns
+    word_store(&q.due_ns, due if due < last else last)
     reclaim_clear(r)  # others are served with it meanwhile
     return True
 
@@ -346,10 +349,10 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
         if q.first_fault == FAULT_NONE and -got != FAULT_AVAILABLE_AHEAD and -got != FAULT_HEAD_RANGE:
             q.first_head = q.ring.head
         count_fault(q, -got)
-        q.fault = -got
+        flag_store(&q.fault, -got)
         return SLICE_FAULT
     if q.first_fault != FAULT_NONE and not q.in_chain and flag_load(&q.device.strict):
-        q.fault = q.first_fault
+        flag_store(&q.fault, q.first_fault)
         return SLICE_FAULT
     # An empty ring is listened to at once: another slice would only find out that it still is. So is one of
     # which as many chains came as it has entries: a driver that goes on kicks then, or it is paced.

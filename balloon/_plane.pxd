@@ -1,3 +1,5 @@
+from libc.stdint cimport uint64_t
+
 from balloon._fill cimport device_t
 from balloon._memory cimport GuestMap
 from balloon._parts cimport PartsTable
@@ -14,7 +16,17 @@ cdef class DataPlane:
     cdef public object worker   # the owner of all of them, or None
     cdef object __weakref__
     cdef int take(self, double timeout) except -1
+    cdef int take_until(self, uint64_t until_ns) except -1
+    cdef int wait(self) except -1
+    cdef int poke_one(self, object queue) except -1
     cdef void release(self) noexcept
     cdef void poke(self) except *
     cdef void set_keep(self, int bit, bint wanted) noexcept
     cdef void see(self, GuestMap memory) except *
+
+cdef class Holds:
+    cdef list planes            # the first `taken` of them are held
+    cdef Py_ssize_t taken
+    cdef uint64_t until_ns
+    cdef double timeout
+    cdef void let_go(self) noexcept

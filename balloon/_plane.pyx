@@ -6,11 +6,13 @@ and without the GIL, until the slice under way has ended and no longer. With not
 
 CONTRACTS 4 makes a new map a command to the worker. The lock gives the same promise, no drain ever sees two
 maps, and needs neither a detach nor a way back from one when another device does not become quiet in time.
+
+Where the lock is held, no bytecode runs (CONTRACTS 30): a signal's handler may raise there, and a finalizer
+may want the same lock. Python that has to hold it uses `Holds`.
 """
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from libc.errno cimport ETIMEDOUT
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free
 
@@ -21,8 +23,7 @@ from balloon._fill cimport (
 from balloon._memory cimport GuestMap, check_process, process_generation
 from balloon._parts cimport PartsTable
 from balloon._pthread cimport (
-    CLOCK_REALTIME, clock_gettime, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_timedlock,
-    pthread_mutex_unlock, timespec,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock,
 )
 from balloon._spec cimport HINT_STOP, ROLE_HINTING
 
@@ -34,6 +35,14 @@ cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
     void flag_add(int *p, int v)
+    int mutex_lock_until(pthread_mutex_t *mutex, uint64_t monotonic_ns)  # 0, or ETIMEDOUT
+
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() except -1
+
+cdef enum:
+    LOOK_NS = 2000000  # so often a thread that waits looks for signals
 
 
 _inside = set()  # threads that are in a before-release hook
@@ -53,6 +62,15 @@ def check_outside_hook():
     """Raise `StateError` in a thread that is in a before-release hook (CONTRACTS 8, 9)."""
     if _inside and threading.get_ident() in _inside:
         raise StateError("not from inside a before-release hook: its queue waits for it")
+
+
+cdef uint64_t deadline(double timeout) noexcept:
+    """The moment of CLOCK_MONOTONIC in so many seconds; what is no number is now."""
+    if not timeout > 0:
+        timeout = 0
+    elif timeout > 1e8:
+        timeout = 1e8
+    return monotonic_ns() + <uint64_t>(timeout * 1e9)
 
 
 @cython.final
@@ -84,8 +102,15 @@ cdef class DataPlane:
     cdef void poke(self) except *:
         """Have the worker look at every queue that it owns."""
         if self.worker is not None:
-            for queue in tuple(self.queues.values()):
-                self.worker.poke(queue)
+            for queue in list(self.queues.values()):
+                self.poke_one(queue)
+
+    cdef int poke_one(self, object queue) except -1:
+        """Have the worker look at a queue, if it owns it."""
+        worker = self.worker
+        if worker is not None:
+            worker.poke(queue)
+        return 0
 
     @property
     def keep_reported(self):
@@ -152,12 +177,13 @@ cdef class DataPlane:
 
         :raise StateError: a drain did not end in time, or this is inside a hook.
         """
+        look_now = [queue.look_now for queue in self.queues.values()]
         self.take(timeout)
         self.device.rate = rate_bytes
         self.device.credit = <long long>rate_bytes
         self.device.credit_ns = monotonic_ns()
-        for queue in self.queues.values():
-            queue.look_now()
+        for look in look_now:
+            look()
         self.release()
         self.poke()
 
@@ -180,16 +206,15 @@ cdef class DataPlane:
 
         :raise StateError: a drain did not end in time, or this is inside a hook.
         """
+        queues = [queue for queue in self.queues.values() if queue.role == ROLE_HINTING]
+        keep_pending = [queue.keep_pending for queue in queues]
         self.take(timeout)
-        try:
-            self.device.hints.state = HINT_IDLE
-            for queue in self.queues.values():
-                if queue.role == ROLE_HINTING:
-                    queue.keep_pending()
-                    if self.worker is not None:
-                        self.worker.poke(queue)
-        finally:
-            self.release()
+        self.device.hints.state = HINT_IDLE
+        for keep in keep_pending:
+            keep()
+        self.release()
+        for queue in queues:
+            self.poke_one(queue)
 
     @property
     def hint_state(self):
@@ -207,13 +232,15 @@ cdef class DataPlane:
 
         :raise StateError: a drain did not end in time, or this is inside a hook.
         """
+        cdef uint64_t dropped
         self.take(timeout)
         try:
-            return PyBytes_FromStringAndSize(
-                <char *>self.device.hints.spans, <Py_ssize_t>(self.device.hints.count * sizeof(span_t))
-            ), self.device.hints.dropped_bytes
+            spans = PyBytes_FromStringAndSize(
+                <char *>self.device.hints.spans, <Py_ssize_t>(self.device.hints.count * sizeof(span_t)))
+            dropped = self.device.hints.dropped_bytes
         finally:
             self.release()
+        return spans, dropped
 
     def forget_parts(self):
         """No part of a larger page is in the balloon any more, for every slice that begins from now on."""
@@ -227,34 +254,58 @@ cdef class DataPlane:
             self.device.parts = &self.parts.table
 
     cdef int take(self, double timeout) except -1:
-        """Wait, without the GIL, until no thread is in a slice of this device, and keep all out."""
-        cdef timespec until
-        cdef int status
+        """Wait, without the GIL, until no thread is in a slice of this device, and keep all out.
+
+        No Python runs between this and `release()`.
+        """
+        if self.take_until(deadline(timeout)):
+            raise StateError(f"a drain did not end within {timeout:g} seconds; try again")
+        return 0
+
+    cdef int take_until(self, uint64_t until_ns) except -1:
+        """The same up to a moment of CLOCK_MONOTONIC; 1 where that has come. A signal's handler may raise."""
+        cdef uint64_t now, soon
+        cdef int status = 1
         check_process(self.generation)
         check_outside_hook()
-        if not timeout > 0:  # what is no number does not wait either
-            timeout = 0
-        elif timeout > 1e8:
-            timeout = 1e8
-        clock_gettime(CLOCK_REALTIME, &until)
-        until.tv_sec += <long>timeout
-        until.tv_nsec += <long>((timeout - <double><long>timeout) * 1e9)
-        if until.tv_nsec >= 1000000000:
-            until.tv_sec += 1
-            until.tv_nsec -= 1000000000
-        flag_add(&self.waiting, 1)
+        while status:
+            now = monotonic_ns()
+            soon = until_ns if until_ns < now + LOOK_NS else now + LOOK_NS
+            flag_add(&self.waiting, 1)
+            with nogil:
+                status = mutex_lock_until(&self.lock, soon)
+            flag_add(&self.waiting, -1)
+            if status:
+                if soon == until_ns:
+                    return 1
+                PyErr_CheckSignals()
+        return 0
+
+    cdef int wait(self) except -1:
+        """As `take()` of a thread that serves: it takes its turn, however long that is, and has no hurry."""
+        cdef int status = 1
         with nogil:
-            status = pthread_mutex_timedlock(&self.lock, &until)
-        flag_add(&self.waiting, -1)
-        if status == ETIMEDOUT:
-            raise StateError(f"a drain did not end within {timeout:g} seconds; try again")
+            status = pthread_mutex_trylock(&self.lock)
+        while status:
+            with nogil:
+                status = mutex_lock_until(&self.lock, monotonic_ns() + LOOK_NS)
+            if status:
+                PyErr_CheckSignals()
         return 0
 
     cdef void release(self) noexcept:
         pthread_mutex_unlock(&self.lock)
 
+    def settle(self, double timeout=10.0):
+        """Wait until no drain of this device is in a slice that began before this call.
+
+        :raise StateError: a drain did not end in time.
+        """
+        self.take(timeout)
+        self.release()
+
     def hold(self, double timeout=10.0):
-        """Keep every drain of this device out until `let_go()`.
+        """Keep every drain of this device out until `let_go()`; `Holds` lets go whatever comes between.
 
         :raise StateError: a drain did not end in time.
         """
@@ -269,3 +320,52 @@ cdef class DataPlane:
         self.see(memory)
         for queue in self.queues.values():
             queue.move(memory)
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Holds:
+    """Keeps drains of some devices out: all of them within `timeout` seconds, until the `with` block ends.
+
+    Whatever ends the block, and wherever a signal's handler raises, nothing stays locked: a device is noted
+    before it is taken. While it holds, no other thread may call `take()` on the same devices in another order
+    for longer than its own time-out.
+    """
+
+    def __cinit__(self, double timeout=10.0):
+        self.planes = []
+        self.timeout = timeout
+        self.until_ns = deadline(timeout)
+
+    def __dealloc__(self):
+        self.let_go()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.release()
+
+    def take(self, DataPlane plane not None):
+        """Hold one more device.
+
+        :raise StateError: a drain of it did not end in time, or this is inside a before-release hook.
+        """
+        self.planes.append(plane)
+        try:
+            if plane.take_until(self.until_ns):
+                raise StateError(f"a drain did not end within {self.timeout:g} seconds; try again")
+        except BaseException:
+            self.planes.pop()
+            raise
+        self.taken += 1
+
+    def release(self):
+        """Let all drains in again; a second call does nothing."""
+        self.let_go()
+        self.planes.clear()
+
+    cdef void let_go(self) noexcept:
+        while self.taken:
+            self.taken -= 1
+            pthread_mutex_unlock(&(<DataPlane>self.planes[self.taken]).lock)

@@ -10,25 +10,21 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from balloon._bell cimport StatusWord
+from balloon._bell cimport StatusWord, is_socket
 from balloon._drain cimport SLICE_MORE, monotonic_ns, queue_cut, queue_decide, queue_slice
 from balloon._fill cimport (
-    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE, queue_t,
-    span_t, stats_t,
+    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_SLOW, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE,
+    queue_t, span_t, stats_t,
 )
 from balloon._kernel cimport kernel_vectored
 from balloon._memory cimport GuestMap, check_process
 from balloon._plane cimport DataPlane
-from balloon._pthread cimport (
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
-)
-from balloon._reactor cimport call
+from balloon._slots cimport CALL_NONE
 from balloon._reclaim cimport Reclaimer, range_t, reclaim_t
 from balloon._ring cimport SplitRing
 from balloon._spec cimport NOTIFY_SLICES, ROLE_STATS
 
 import os
-import stat
 
 from balloon._plane import check_outside_hook
 from balloon.errors import RingError, StateError
@@ -37,6 +33,8 @@ from balloon.spec import Fault, Role
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_store(int *p, int v)
+    uint64_t word_load(const uint64_t *p)
+    void word_store(uint64_t *p, uint64_t v)
     void full_fence()
 
 cdef extern from "<sched.h>" nogil:
@@ -47,13 +45,25 @@ _idle = []  # reclaimers of `serve()`: as many as threads were in it at once, an
 OUTCOMES = ("idle", "more", "fault", "wait")  # SLICE_*
 NEWS = (
     (NEWS_REFUSED, "refused"), (NEWS_FAULT, "fault"), (NEWS_STATS, "stats"), (NEWS_HINTS, "hints"),
-    (NEWS_RELEASE, "release"),
+    (NEWS_RELEASE, "release"), (NEWS_SLOW, "slow"),
 )
 """What there may be to tell of a queue, in the order in which it is told."""
 
 
-cdef name_news(int news):
-    return tuple([name for bit, name in NEWS if news & <int>bit]) if news else ()
+_FAULTS = {int(fault): fault for fault in Fault}
+_NO_NEWS = ()
+
+
+cdef tuple name_news(int news):
+    return tuple([name for bit, name in NEWS if news & <int>bit]) if news else _NO_NEWS
+
+
+cdef open_call(int fd):
+    """A duplicate of a call fd, as `slot_t.call` has it; the file is not touched, it may be a stranger's."""
+    if fd < 0:
+        return CALL_NONE
+    fd = os.dup(fd)
+    return fd << 1 | is_socket(fd)
 
 
 @cython.final
@@ -102,7 +112,7 @@ cdef class DataQueue:
     @property
     def fault(self):
         """What stopped the queue, or `Fault.NONE`."""
-        return Fault(self.queue.fault)
+        return Fault(flag_load(&self.queue.fault))
 
     @property
     def next_available(self):
@@ -125,12 +135,13 @@ cdef class DataQueue:
     def wait_seconds(self):
         """For how long a queue that waits has nothing to do."""
         cdef uint64_t now = monotonic_ns()
-        return (self.queue.due_ns - now) / 1e9 if self.queue.due_ns > now else 0.0
+        cdef uint64_t due = word_load(&self.queue.due_ns)
+        return (due - now) / 1e9 if due > now else 0.0
 
     def look_now(self):
         """A queue that waits for the rate need not any more, under the lock: there is another one."""
         if self.queue.release != RELEASE_ASKED:
-            self.queue.due_ns = 0
+            word_store(&self.queue.due_ns, 0)
 
     def move(self, GuestMap memory not None):
         """Put the queue on another map, under the lock; it stops with a fault if its ring is not in it."""
@@ -144,8 +155,8 @@ cdef class DataQueue:
         self.queue.map = &memory.map
         self.queue.region = NULL
         self.map = memory
-        if self.plane.worker is not None and (self.queue.fault or self.queue.release):
-            self.plane.worker.poke(self)
+        if self.queue.fault or self.queue.release:
+            self.plane.poke_one(self)
 
     def keep_pending(self):
         """Discard nothing of what waits for the hook, or has its verdict: under the lock."""
@@ -164,9 +175,14 @@ cdef class DataQueue:
             raise StateError(f"queue {self.index} belongs to a worker: detach it first")
         return 0
 
+    cdef int check_unowned(self) except -1:
+        if self.plane.worker is not None:
+            raise StateError("the queues of this device belong to a worker: detach them first")
+        return 0
+
     cdef void stop_with(self, int fault) noexcept:
         """Stop with a fault, under the lock."""
-        self.queue.fault = fault
+        flag_store(&self.queue.fault, fault)
         self.queue.counters.faults[fault] += 1
         self.queue.in_chain = False
 
@@ -182,42 +198,44 @@ cdef class DataQueue:
         """
         cdef int status = SLICE_MORE
         cdef int slices = 0
+        cdef int fault, news
+        cdef bint notify
         cdef reclaim_t *r
         cdef Reclaimer reclaimer
         self.check_running()
         check_outside_hook()
+        self.check_unowned()
         reclaimer = _idle.pop() if _idle else Reclaimer()
         r = &reclaimer.state
         r.vectored = kernel_vectored()  # whatever it met for another device
-        with nogil:
-            pthread_mutex_lock(&self.plane.lock)
-        if self.stopped or self.plane.worker is not None:  # perhaps while this thread waited
+        try:
+            self.plane.wait()
+            # From here to where the lock is released no Python runs: a signal would be handled by it.
+            if self.stopped or self.plane.worker is not None:  # perhaps while this thread waited
+                self.plane.release()
+                self.check_running()
+                self.check_unowned()
+            with nogil:
+                self.queue.counters.kicks += 1
+                while True:
+                    status = queue_slice(&self.queue, r)
+                    slices += 1
+                    if status != SLICE_MORE or slices == NOTIFY_SLICES or flag_load(&self.plane.waiting):
+                        break
+            notify, news, fault = self.queue.notify, self.queue.news, self.queue.fault
+            self.queue.notify = False
+            self.queue.news = 0
             self.plane.release()
+        finally:
             _idle.append(reclaimer)
-            self.check_running()
-            raise StateError("the queues of this device belong to a worker: detach them first")
-        with nogil:
-            self.queue.counters.kicks += 1
-            while True:
-                status = queue_slice(&self.queue, r)
-                slices += 1
-                if status != SLICE_MORE or slices == NOTIFY_SLICES or flag_load(&self.plane.waiting):
-                    break
-        news = name_news(self.queue.news)
-        outcome = bool(self.queue.notify), OUTCOMES[status], Fault(self.queue.fault), news
-        self.queue.notify = False
-        self.queue.news = 0
-        self.plane.release()
-        _idle.append(reclaimer)
-        return outcome
+        return bool(notify), OUTCOMES[status], _FAULTS[fault], name_news(news)
 
     def ask(self):
         """Have the held statistics buffer used; a worker is told, else the next `serve()` does it."""
         self.check_running()
         if self.queue.stats != NULL:
             flag_store(&self.queue.stats.ask, 1)
-            if self.worker is not None:
-                self.plane.worker.poke(self)
+            self.plane.poke_one(self)
 
     def statistics(self):
         """The last statistics buffer: (bytes, CLOCK_REALTIME in ns, number of buffers so far), or None.
@@ -253,65 +271,71 @@ cdef class DataQueue:
         """What waits for the hook: (number, native pairs of u64 (guest address, bytes)), or None."""
         cdef range_t *ranges
         cdef span_t *spans
+        cdef uint64_t asked
         cdef uint32_t number
+        found = None
         self.plane.take(10.0)
         try:
-            if self.queue.release != RELEASE_ASKED:
-                return None
-            ranges = <range_t *>self.queue.pending  # made at the first need, perhaps just now
-            found = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>(self.queue.pending_count * sizeof(span_t)))
-            spans = <span_t *><char *>found
-            for number in range(self.queue.pending_count):
-                spans[number].address = ranges[number].region.guest + (
-                    ranges[number].start - <uint64_t>ranges[number].region.host)
-                spans[number].size = ranges[number].end - ranges[number].start
-            return self.queue.release_number, found
+            asked = self.queue.release_number
+            if self.queue.release == RELEASE_ASKED:
+                ranges = <range_t *>self.queue.pending  # made at the first need, perhaps just now
+                found = PyBytes_FromStringAndSize(
+                    NULL, <Py_ssize_t>(self.queue.pending_count * sizeof(span_t)))
+                spans = <span_t *><char *>found
+                for number in range(self.queue.pending_count):
+                    spans[number].address = ranges[number].region.guest + (
+                        ranges[number].start - <uint64_t>ranges[number].region.host)
+                    spans[number].size = ranges[number].end - ranges[number].start
         finally:
             self.plane.release()
+        return None if found is None else (asked, found)
 
     def decide(self, uint64_t number, bytes verdict):
         """Let go those ranges of `pending()` whose byte of `verdict` is not 0, and keep the others.
 
         A verdict that comes too late, for another number than what waits now, changes nothing.
         """
+        cdef const unsigned char *answers = <const unsigned char *><char *>verdict
+        cdef uint32_t count = <uint32_t>len(verdict)
         self.plane.take(10.0)
         if self.queue.release == RELEASE_ASKED and number == self.queue.release_number \
-                and <uint32_t>len(verdict) == self.queue.pending_count:
-            queue_decide(&self.queue, <const unsigned char *><char *>verdict)
+                and count == self.queue.pending_count:
+            queue_decide(&self.queue, answers)
         self.plane.release()
-        if self.worker is not None:
-            self.plane.worker.poke(self)
+        self.plane.poke_one(self)
 
     def stop(self, double timeout=10.0):
         """End a chain that was cut short and touch the ring no more; true if the driver has to be notified.
 
         :raise StateError: a worker owns the queue, or a drain did not end in time.
         """
-        cdef bint notify
+        cdef bint notify = False
+        cdef bint owned
         self.check_owner()
         # Where a worker owns the device, which gave this queue back, no thread but this one can be on it.
         cdef bint taken = self.plane.worker is None
         if taken:
             self.plane.take(timeout)
-            if self.worker is not None:  # while this one waited
-                self.plane.release()
-                self.check_owner()
-        if not self.stopped:
-            if self.queue.fault == 0:
-                queue_cut(&self.queue)
-            if self.queue.stats != NULL and self.queue.stats.held:
-                # Whoever starts the ring again pops it once more (CONTRACTS 24).
-                self.queue.stats.held = False
-                self.ring.ring.next_available -= 1
-            self.plane.forget_parts()
-            self.stopped = True
-            self.ring.leave()
-            if self.plane.queues.get(self.index) is self:
-                del self.plane.queues[self.index]
-        notify = self.queue.notify
-        self.queue.notify = False
+        owned = taken and self.worker is not None  # while this one waited
+        if not owned:
+            if not self.stopped:
+                if self.queue.fault == 0:
+                    queue_cut(&self.queue)
+                if self.queue.stats != NULL and self.queue.stats.held:
+                    # Whoever starts the ring again pops it once more (CONTRACTS 24).
+                    self.queue.stats.held = False
+                    self.ring.ring.next_available -= 1
+                flag_store(&self.queue.device.forget, 1)
+                self.stopped = True
+            notify = self.queue.notify
+            self.queue.notify = False
         if taken:
             self.plane.release()
+        if owned:
+            self.check_owner()
+        self.ring.leave()  # `stopped` keeps all others from it
+        if self.plane.queues.get(self.index) is self:
+            del self.plane.queues[self.index]
         return bool(notify)
 
     def quiesce(self):
@@ -351,28 +375,23 @@ cdef class _Attachment:
         self.slot.lock = &queue.plane.lock
         self.slot.waiting = &queue.plane.waiting
         self.slot.failures = queue.queue.reclaimed.failures
-        self.slot.call_fd = -1
         self.slot.kick_fd = -1
-        pthread_mutex_init(&self.slot.call_lock, NULL)
+        self.slot.call = self.slot.calling = self.retired = CALL_NONE
+        self.slot.kicked_chains = self.slot.idle_chains = queue.queue.counters.chains
+        self.slot.back = &self.back
 
-    def __dealloc__(self):
-        pthread_mutex_destroy(&self.slot.call_lock)
+    cdef int open_fds(self) except -1:
+        """Duplicate what the caller gave; `take_fds()` is due in any case."""
+        if self.kick_fd >= 0:
+            self.slot.kick_fd = os.dup(self.kick_fd)
+        self.slot.call = open_call(self.call_fd)
+        return 0
 
-    cdef set_call(self, int fd):
-        """Swap the call fd, and send the notification that is owed since before there was one."""
-        cdef slot_t *slot = &self.slot
-        cdef bint is_socket = False
-        cdef bint owed
-        if fd >= 0:
-            is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-            if not is_socket:
-                os.set_blocking(fd, False)  # a full pipe or eventfd must not hold the worker
-        with nogil:
-            pthread_mutex_lock(&slot.call_lock)
-            slot.call_fd = fd
-            slot.call_socket = is_socket
-            owed = slot.call_owed and fd >= 0
-            slot.call_owed = slot.call_owed and fd < 0
-            pthread_mutex_unlock(&slot.call_lock)
-            if owed:
-                call(slot)
+    cdef take_fds(self):
+        """The fds that are to be closed: nobody else looks at the slot any more."""
+        fds = [self.slot.kick_fd]
+        self.slot.kick_fd = -1
+        for word in (self.slot.call, self.retired):
+            fds.append(word >> 1)
+        self.slot.call = self.retired = CALL_NONE
+        return [fd for fd in fds if fd >= 0]

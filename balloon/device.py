@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from balloon._plane import check_outside_hook, run_hook
+from balloon._plane import Holds, check_outside_hook, run_hook
 from balloon._queue import DataQueue
 from balloon.errors import ConfigError, GuestError, StateError
 from balloon.hinting import HintingRound, HintingRounds, HintState, Ranges, merge_ranges
@@ -370,16 +370,14 @@ class Balloon(VirtioDevice):
         """
         if self._plane.worker is not None:
             raise StateError("a worker owns queues of this device: detach them first")
-        self._plane.hold()
-        try:
+        with Holds() as held:
+            held.take(self._plane)
             queues = []
             for index, queue in sorted(self._plane.queues.items()):
                 next_available, owed = queue.quiesce()
                 table, available, used = queue.ring.guest_addresses
                 size = queue.ring.size
                 queues.append(QueueState(index, size, table, available, used, next_available, owed))
-        finally:
-            self._plane.let_go()
         return Snapshot(
             offered=int(self._offered),
             accepted=int(self._accepted),

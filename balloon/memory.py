@@ -12,9 +12,10 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from balloon._memory import BufferHold, GuestMap, Inhibition
+from balloon._plane import DataPlane, Holds
 from balloon.backing import FdRegion, Piece, Region, map_fd
 from balloon.errors import ConfigError, StateError
 
@@ -89,14 +90,6 @@ class Claim:
         self.release()
 
 
-class MapUser(Protocol):
-    """Whoever serves queues on a map, and can be put on another one between two slices of a drain."""
-
-    def hold(self, timeout: float) -> None: ...
-    def move(self, memory: GuestMap) -> None: ...
-    def let_go(self) -> None: ...
-
-
 class GuestMemory:
     """The memory of one guest, as any number of regions that may come and go.
 
@@ -114,7 +107,7 @@ class GuestMemory:
         self._claim_lock = threading.Lock()  # not the other one, which a swap holds while it waits
         self._claims: tuple[Claim, ...] = ()
         self._map = GuestMap((), (), self._inhibition)
-        self._users: weakref.WeakSet[MapUser] = weakref.WeakSet()
+        self._users: weakref.WeakSet[DataPlane] = weakref.WeakSet()
         self._closed = False
         if buffer is not None:
             self.add(buffer, guest_address=guest_address)
@@ -374,8 +367,7 @@ class GuestMemory:
             # Whoever takes a user's lock from now on sees the word. Who has it already is waited for, and
             # that no less if others have inhibited before: they may be waiting as well.
             for user in self._everyone():
-                user.hold(until - time.monotonic())
-                user.let_go()
+                user.settle(until - time.monotonic())
             while self._inhibition.discarding:  # Reclaimer.discard() needs no lock, and so is counted
                 if time.monotonic() >= until:
                     raise StateError(f"a discard did not end within {timeout:g} seconds; try again")
@@ -416,7 +408,7 @@ class GuestMemory:
                 if claim.inhibits:
                     self._inhibition.end()
 
-    def _everyone(self) -> tuple[MapUser, ...]:
+    def _everyone(self) -> tuple[DataPlane, ...]:
         """Who works on this memory now; whoever comes later looks at the inhibition before a discard."""
         while True:
             try:
@@ -480,15 +472,10 @@ class GuestMemory:
         ]
         # It keeps the regions alive for as long as a queue is on it.
         new = GuestMap(rows, ordered, self._inhibition)
-        until = time.monotonic() + timeout
-        held: list[MapUser] = []
-        try:
-            for user in self._everyone():
-                user.hold(until - time.monotonic())
-                held.append(user)
-            for user in held:
+        with Holds(timeout) as held:
+            users = self._everyone()
+            for user in users:
+                held.take(user)
+            for user in users:
                 user.move(new)
             self._map, self._regions, self._pieces = new, ordered, pieces
-        finally:
-            for user in held:
-                user.let_go()
