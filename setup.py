@@ -26,6 +26,7 @@ MODULES = [
     "balloon._reclaim",
     "balloon._ring",
     "balloon._statistics",
+    "balloon._swap",
     "balloon._waiter",
     "balloon._worker",
     "balloon.testing._measure",

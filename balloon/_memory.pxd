@@ -13,6 +13,7 @@ ctypedef struct region_t:
     uint64_t fd_offset   # where it is in the file
     uint64_t page        # given back whole or not at all: a page of the backing, or a larger declared one
     uint64_t split       # bytes of a huge page to split before a part of it is discarded; 0: leave it whole
+    uint64_t looked      # when it was last looked at who else has a say in it, in seconds; atomic enough
     int fd               # the file, or -1
     int method           # METHOD_*, atomic: a drain lowers it to NONE when the kernel refuses
     int refused          # errno of that refusal, atomic; 0 when there is nothing to look into
@@ -71,7 +72,21 @@ cdef class Inhibition:
     cdef int inhibited   # how many inhibitions are in force, atomic
     cdef int running     # how many calls of Reclaimer.discard() are in the kernel, atomic
 
+cdef class Lease:
+    cdef int running     # how many work on the memory, atomic
+    cdef int state       # LEASE_*; only under the GIL
+    cdef int enter(self) except -1
+    cdef void leave(self) noexcept nogil
+
+cdef enum:
+    LEASE_IN_FORCE
+    LEASE_ENDING         # whoever comes waits for what becomes of it
+    LEASE_OVER
+
 cdef class GuestMap:
     cdef map_t map
+    cdef readonly Lease lease
     cdef readonly Inhibition inhibition
     cdef readonly object holds
+    cdef void retire(self) noexcept
+    cdef list parts(self, uint64_t address, uint64_t size)

@@ -31,7 +31,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("_drain",),
     ("_plane", "_reactor"),
     ("_queue",),
-    ("_worker", "backing"),
+    ("_worker", "_swap", "backing"),
     ("memory", "stats", "config", "counters", "hinting"),
     ("virtio", "snapshot"),
     ("device", "line", "registers"),
