@@ -61,7 +61,7 @@ setup(
                 name,
                 [name.replace(".", "/") + ".pyx"],
                 include_dirs=["balloon"],
-                depends=["balloon/_atomics.h"],
+                depends=["balloon/_atomics.h", "balloon/_kernel.h"],
                 define_macros=macros,
                 extra_compile_args=compile_args,
                 extra_link_args=link_args,

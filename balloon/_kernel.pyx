@@ -8,11 +8,10 @@ child of a fork must not use. Linux before 6.13 refuses both.
 """
 
 cimport cython
-from libc.errno cimport EBUSY, EFAULT, EINTR, EINVAL, ENOENT, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM, errno
+from libc.errno cimport EBUSY, EINTR, EINVAL, ENOENT, ENOMEM, EOPNOTSUPP, EPERM, errno
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
-from libc.stdio cimport FILE, fclose, fopen, snprintf
-from libc.stdlib cimport free, strtol
-from libc.string cimport memset, strchr, strcmp, strncmp, strstr
+from libc.stdio cimport snprintf
+from libc.string cimport memset, strcmp
 
 import errno as errors
 import os
@@ -27,6 +26,8 @@ cdef extern from "<sys/mman.h>" nogil:
     int c_munmap "munmap"(void *address, size_t length)
     int c_msync "msync"(void *address, size_t length, int flags)
     int MS_ASYNC, MS_INVALIDATE
+    int c_memfd_create "memfd_create"(const char *name, unsigned int flags)
+    unsigned int MFD_CLOEXEC
     int PROT_NONE, PROT_READ, PROT_WRITE
     int MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED
     void *MAP_FAILED
@@ -37,24 +38,17 @@ cdef extern from "<sys/vfs.h>" nogil:
         long f_bsize
     int c_fstatfs "fstatfs"(int fd, statfs_t *found)
 
-cdef extern from "<stdio.h>" nogil:
-    ssize_t getline(char **line, size_t *room, FILE *file)
-
 cdef extern from "<sys/stat.h>" nogil:
     cdef struct stat_t "stat":
         uint64_t st_dev, st_ino
         long st_size, st_blocks
     int c_fstat "fstat"(int fd, stat_t *found)
-    cdef struct statx_t "statx":
-        unsigned short stx_mode
-    int c_statx "statx"(int folder, const char *path, int flags, unsigned int mask, statx_t *found)
-    unsigned int STATX_TYPE
-    int S_IFMT, S_IFREG
+    int S_IFREG
 
 cdef extern from "<fcntl.h>" nogil:
     int c_fcntl "fcntl"(int fd, int command, ...)
     int c_open "open"(const char *path, int flags)
-    int AT_EMPTY_PATH, AT_STATX_DONT_SYNC, F_DUPFD_CLOEXEC, F_GET_SEALS, O_CLOEXEC, O_RDONLY
+    int F_DUPFD_CLOEXEC, F_GET_SEALS, O_CLOEXEC, O_RDONLY
     int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length)
     int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
@@ -65,82 +59,12 @@ cdef extern from "<unistd.h>" nogil:
     long sysconf(int name)
     int _SC_PAGESIZE
 
-cdef extern from *:
-    """
-    #include <sys/syscall.h>
-    #include <sys/uio.h>
-    #include <unistd.h>
-    #ifndef SYS_process_madvise
-    #define SYS_process_madvise 440
-    #endif
-    #ifndef SYS_pidfd_open
-    #define SYS_pidfd_open 434
-    #endif
-    #include <fcntl.h>
-    #include <linux/types.h>
-    #include <stdint.h>
-    #include <sys/ioctl.h>
-    #ifndef SYS_userfaultfd
-    #define SYS_userfaultfd -1
-    #endif
-    /* From linux/userfaultfd.h and linux/fs.h, of which the build's may be older than the kernel. */
-    struct balloon_api { __u64 api, features, ioctls; };
-    struct balloon_register { __u64 start, length, mode, ioctls; };
-    struct balloon_copy { __u64 to, from, length, mode; __s64 done; };
-    typedef struct {
-        __u64 size, flags, address;
-        __u64 start, end, permissions, page_bytes, offset, inode;
-        __u32 major, minor, name_size, build_id_size;
-        __u64 name_address, build_id_address;
-    } procmap_t;
-    static int balloon_userfaultfd(void) {
-        struct balloon_api api = { 0xAA, 0, 0 };
-        int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | 1); /* UFFD_USER_MODE_ONLY */
-        if (fd >= 0 && ioctl(fd, _IOWR(0xAA, 0x3F, struct balloon_api), &api) != 0) {
-            close(fd);
-            fd = -1;
-        }
-        return fd;
-    }
-    static int balloon_watch(int fd, void *start, size_t length) {
-        struct balloon_register wanted = { (__u64)(size_t)start, length, 1, 0 }; /* missing pages */
-        return ioctl(fd, _IOWR(0xAA, 0x00, struct balloon_register), &wanted);
-    }
-    static int balloon_copy_from_nowhere(int fd, void *to, size_t length) {
-        struct balloon_copy wanted = { (__u64)(size_t)to, 0, length, 1, 0 }; /* wake nobody */
-        return ioctl(fd, _IOWR(0xAA, 0x03, struct balloon_copy), &wanted);
-    }
-    struct balloon_run { __u64 start, end, categories; };
-    struct balloon_scan {
-        __u64 size, flags, start, end, walk_end, runs, room, limit;
-        __u64 inverted, all, any, wanted;
-    };
-    /* The runs of huge pages in a range, by PAGEMAP_SCAN; where it stopped is in *at. */
-    static int balloon_scan(int fd, uint64_t *at, uint64_t end, struct balloon_run *runs, uint64_t room) {
-        struct balloon_scan scan = { sizeof scan, 0, *at, end, 0, (__u64)(size_t)runs, room, 0, 0, 1 << 6, 0, 1 << 6 };
-        int found = ioctl(fd, _IOWR('f', 16, struct balloon_scan), &scan);
-        *at = scan.walk_end;
-        return found;
-    }
-    static int balloon_procmap(int fd, procmap_t *query) {
-        return ioctl(fd, _IOWR('f', 17, procmap_t), query);
-    }
-    #if defined(__clang__)
-    #define BALLOON_COMPILER __VERSION__
-    #else
-    #define BALLOON_COMPILER "GCC " __VERSION__
-    #endif
-    static const char *const LOCAL_FILE_SYSTEMS[] = {
-        "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "overlay", NULL
-    };
-    static int balloon_pidfd_open(pid_t pid) { return (int)syscall(SYS_pidfd_open, pid, 0U); }
-    static ssize_t balloon_process_madvise(int pidfd, const struct iovec *v, size_t n, int advice) {
-        return syscall(SYS_process_madvise, pidfd, v, n, advice, 0U);
-    }
-    """
+cdef extern from "_kernel.h":
     const char *BALLOON_COMPILER
     long CYTHON_HEX_VERSION
-    const char *const *LOCAL_FILE_SYSTEMS
+    int file_type(int fd) nogil
+    long find_mount(int fd) nogil
+    bint is_local(long mount) nogil
     ctypedef struct procmap_t:
         uint64_t size, flags, address, start, end, permissions, page_bytes, inode, name_address
         uint32_t name_size
@@ -256,6 +180,30 @@ def kernel_path():
         name = errors.errorcode.get(refusal or refused_later, refusal or refused_later)
         return f"madvise: process_madvise refused this process's own memory ({name})"
     return f"process_madvise ({'PIDFD_SELF' if self_fd == PIDFD_SELF else 'pidfd'})"
+
+
+def probe_calls():
+    """What the kernel says to MADV_REMOVE and to a hole in a memfd of ours: "" or why not, as text."""
+    cdef size_t page = <size_t>sysconf(_SC_PAGESIZE)
+    cdef int removed = 0
+    cdef int punched = 0
+    cdef int fd
+    cdef char *space = <char *>c_mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0)
+    if space == <char *>MAP_FAILED:
+        removed = errno
+    else:
+        if c_madvise(space, page, MADV_REMOVE) != 0:
+            removed = errno
+        c_munmap(space, page)
+    fd = c_memfd_create(b"balloon-probe", MFD_CLOEXEC)
+    if fd < 0 or c_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, <off_t>page) != 0:
+        punched = errno
+    if fd >= 0:
+        c_close(fd)
+    return tuple([
+        f": refused here ({errors.errorcode.get(error, error)})" if error else ""
+        for error in (removed, punched)
+    ])
 
 
 def built_with():
@@ -624,59 +572,6 @@ def probe_punch(int fd, uint64_t page):
             if c_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, end, <off_t>page) != 0:
                 error = errno
     return error
-
-
-cdef int file_type(int fd) noexcept nogil:
-    """The type bits of a file's mode as they are cached, so that no server is asked; -1 if there are none."""
-    cdef statx_t found
-    if c_statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &found) != 0:
-        return -1
-    return found.stx_mode & S_IFMT
-
-
-cdef long find_mount(int fd) noexcept nogil:
-    """The id of the mount that a file was opened through, or -1; asks /proc, and not its file system."""
-    cdef char path[64]
-    cdef char *line = NULL
-    cdef size_t room = 0
-    cdef long found = -1
-    snprintf(path, sizeof(path), b"/proc/self/fdinfo/%d", fd)
-    cdef FILE *file = fopen(path, b"re")
-    if file == NULL:
-        return -1
-    while found < 0 and getline(&line, &room, file) > 0:
-        if strncmp(line, b"mnt_id:", 7) == 0:
-            found = strtol(line + 7, NULL, 10)
-    free(line)
-    fclose(file)
-    return found
-
-
-cdef bint is_local(long mount) noexcept nogil:
-    """Whether a mount of this process's namespace is of a file system that asks no other process or host."""
-    cdef size_t number = 0
-    cdef char *line = NULL
-    cdef char *end
-    cdef char *kind
-    cdef size_t room = 0
-    cdef bint found = False
-    cdef FILE *file = fopen(b"/proc/self/mountinfo", b"re")
-    if file == NULL:
-        return False
-    while getline(&line, &room, file) > 0:
-        if strtol(line, NULL, 10) != mount:
-            continue
-        kind = strstr(line, b" - ")  # a space in a path is written as \040
-        end = strchr(kind + 3, b' ') if kind != NULL else NULL
-        if end != NULL:
-            end[0] = 0
-            while LOCAL_FILE_SYSTEMS[number] != NULL and strcmp(LOCAL_FILE_SYSTEMS[number], kind + 3) != 0:
-                number += 1
-            found = LOCAL_FILE_SYSTEMS[number] != NULL
-        break
-    free(line)
-    fclose(file)
-    return found
 
 
 def file_kind(int fd):

@@ -304,7 +304,7 @@ cdef class GuestMap:
         return <Py_ssize_t>self.map.count
 
     cdef void retire(self) noexcept:
-        """Name nothing any more. Nobody works on it: the lease is over, and every device is on another map."""
+        """Name nothing any more. Nobody works on it: the lease is over, devices are on another map."""
         cdef size_t index
         self.lease.state = LEASE_OVER
         for index in range(self.map.count):

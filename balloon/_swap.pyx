@@ -146,8 +146,8 @@ cdef class MapSwitch:
         """Put another layout in force, on every device at once, and end these leases and the old map's.
 
         Returns the old layout, and the queues that a worker has to look at now. Whether the change was made
-        `layout` tells, also if this raises: an exception may come after it. Afterwards nobody works on the old map, which
-        names nothing any more: what only it had may be freed.
+        `layout` tells, also if this raises: an exception may come after it. Afterwards nobody works on the
+        old map, which names nothing any more: what only it had may be freed.
 
         :raise StateError: a drain or another user of the memory did not end in time; or this is inside a
             before-release hook. Nothing was changed then.

@@ -391,7 +391,10 @@ class GuestMemory:
                 self.map.set_method(index, piece.method)
 
     def _region_of(self, piece: Piece) -> Region:
-        return next(region for region in self.regions if piece in region.pieces)
+        for region in self.regions:
+            if piece in region.pieces:
+                return region
+        raise LookupError(piece)
 
     @property
     def inhibited_by(self) -> tuple[str, ...]:

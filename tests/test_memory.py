@@ -1757,7 +1757,7 @@ def test_a_device_that_does_not_become_quiet_undoes_an_inhibition_and_the_others
     devices = [Balloon(memory) for _ in range(6)]
     stuck = devices[3]._plane
     stuck.hold()
-    with pytest.raises(StateError, match="a drain did not end within 0.05 seconds"):
+    with pytest.raises(StateError, match=r"a drain did not end within 0\.05 seconds"):
         memory.inhibit("late", timeout=0.05)
     assert (memory.inhibited_by, memory.map.inhibition.count) == ((), 0)
     for device in devices:

@@ -1964,7 +1964,10 @@ def test_memory_that_is_locked_or_watched_later_is_kept_from_then_on(
             userfault: Userfault = request.getfixturevalue("userfault")
             userfault.register(ram.region.host_address, ram.region.size)
         ram.driver.report([(ram.at(1), PAGE)])
-        why = {"locked": "the memory is locked (mlock)", "watched": "the memory is registered with userfaultfd"}
+        why = {
+            "locked": "the memory is locked (mlock)",
+            "watched": "the memory is registered with userfaultfd",
+        }
         assert (ram.region.method, ram.region.reason) == ("none", why[what])
         assert ram.device.counters.advised_bytes == 0
         # Once that is over it is given back again, if somebody says so.

@@ -73,7 +73,8 @@ def system_calls(
 
     Each gets the arguments of the call and returns what the kernel would; to fail, it calls
     `ctypes.set_errno` and returns -1. `look` gets the address and size of a region before a discard, at most
-    once in a second, and returns 1 if it is locked, 2 if it is registered with userfaultfd, else 0. They run under the GIL, in whichever thread drains.
+    once in a second, and returns 1 if it is locked, 2 if it is registered with userfaultfd, else 0. They run
+    under the GIL, in whichever thread drains.
     """
     held = (
         _MADVISE(madvise) if madvise else None,
