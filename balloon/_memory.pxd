@@ -13,10 +13,10 @@ ctypedef struct region_t:
     uint64_t fd_offset   # where it is in the file
     uint64_t page        # given back whole or not at all: a page of the backing, or a larger declared one
     uint64_t split       # bytes of a huge page to split before a part of it is discarded; 0: leave it whole
-    uint64_t looked      # when it was last looked at who else has a say in it, in seconds; atomic enough
     int fd               # the file, or -1
     int method           # METHOD_*, atomic: a drain lowers it to NONE when the kernel refuses
     int refused          # errno of that refusal, atomic; 0 when there is nothing to look into
+    int looked           # the second in which it was last looked at who else has a say in it, atomic
     const int *inhibited  # atomic, never NULL; unless it is 0 nothing is given back
 
 ctypedef struct map_t:

@@ -260,13 +260,13 @@ cdef void reclaim_clear(reclaim_t *r) noexcept nogil:
     r.settled = False
 
 
-cdef bint may_take(range_t *piece, uint64_t now, reclaim_counters_t *counters) noexcept nogil:
+cdef bint may_take(range_t *piece, int now, reclaim_counters_t *counters) noexcept nogil:
     """Look at a region's memory, at most once in a second: is it locked or watched since it was added?
 
     Of the kernel only private memory that is locked would refuse. Who looks at the region next finds out
     which of the two it is.
     """
-    piece.region.looked = now
+    flag_store(&piece.region.looked, now)
     if kernel_look(<uint64_t>piece.region.host, piece.region.size) == 0:
         return True
     refuse(piece, EBUSY, counters)
@@ -281,17 +281,19 @@ cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nog
     cdef range_t *piece
     cdef int method
     cdef timespec clock
+    cdef int now
     if not r.settled:
         reclaim_settle(r, counters)
     clock_gettime(CLOCK_MONOTONIC_COARSE, &clock)
+    now = <int>(clock.tv_sec + 1)  # not 0, at which regions begin
     for number in range(r.count):
         piece = &r.ranges[number]
         method = flag_load(&piece.region.method)
         if method == METHOD_NONE:  # refused since it was settled
             counters.skipped_bytes += piece.end - piece.start
             continue
-        if piece.region.looked != <uint64_t>clock.tv_sec and not flag_load(piece.region.inhibited) \
-                and not may_take(piece, <uint64_t>clock.tv_sec, counters):
+        if flag_load(&piece.region.looked) != now and not flag_load(piece.region.inhibited) \
+                and not may_take(piece, now, counters):
             continue
         counters.ranges += 1
         if piece.region.split and method == METHOD_DONTNEED:
