@@ -16,6 +16,7 @@ ctypedef struct region_t:
     int fd               # the file, or -1
     int method           # METHOD_*, atomic: a drain lowers it to NONE when the kernel refuses
     int refused          # errno of that refusal, atomic; 0 when there is nothing to look into
+    int looked           # the second in which it was last looked at who else has a say in it, atomic
     const int *inhibited  # atomic, never NULL; unless it is 0 nothing is given back
 
 ctypedef struct map_t:
@@ -71,7 +72,21 @@ cdef class Inhibition:
     cdef int inhibited   # how many inhibitions are in force, atomic
     cdef int running     # how many calls of Reclaimer.discard() are in the kernel, atomic
 
+cdef class Lease:
+    cdef int running     # how many work on the memory, atomic
+    cdef int state       # LEASE_*; only under the GIL
+    cdef int enter(self) except -1
+    cdef void leave(self) noexcept nogil
+
+cdef enum:
+    LEASE_IN_FORCE
+    LEASE_ENDING         # whoever comes waits for what becomes of it
+    LEASE_OVER
+
 cdef class GuestMap:
     cdef map_t map
+    cdef readonly Lease lease
     cdef readonly Inhibition inhibition
     cdef readonly object holds
+    cdef void retire(self) noexcept
+    cdef list parts(self, uint64_t address, uint64_t size)

@@ -6,15 +6,18 @@ the old one (CONTRACTS 4). Guest memory is borrowed: the map keeps the owners al
 Rules:
 
 * Regions are sorted, disjoint, not empty, and end below 2^64: checked once, when the map is made.
+* A map that is not in force any more names nothing: no address, no fd (CONTRACTS 31). Whoever works on a map
+  without a device's lock has its lease meanwhile, and the swap waits for that.
 * Addresses and sizes come from a hostile guest. No sum of two of them is formed before it is known to fit.
 """
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport ENOMEM
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
-from balloon._kernel cimport kernel_resident
+from balloon._kernel cimport file_status_t, kernel_huge, kernel_resident, kernel_status
 
 import os
 from mmap import mmap
@@ -26,6 +29,9 @@ cdef extern from "_atomics.h" nogil:
     void flag_store(int *p, int v)
     void flag_add(int *p, int v)
     void full_fence()
+
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int microseconds)
 
 
 cdef int generation = 0  # counts forks on the child's side
@@ -149,6 +155,94 @@ cdef class Inhibition:
 
 
 @cython.final
+cdef class Lease:
+    """Keeps memory where it is for those who work on it without a device's lock.
+
+    `MapSwitch` ends it: it waits for those who have begun, and who comes later gets `StateError`.
+    """
+
+    cdef int enter(self) except -1:
+        """Begin. No Python code runs before `leave()`."""
+        cdef int tries = 0
+        while self.state == LEASE_ENDING and tries < 100000:
+            tries += 1
+            with nogil:
+                usleep(100)
+        if self.state != LEASE_IN_FORCE:
+            raise StateError(
+                "this is of a layout of guest memory that is not in force any more: look at "
+                "GuestMemory.map and GuestMemory.regions again"
+            )
+        flag_add(&self.running, 1)
+        return 0
+
+    cdef void leave(self) noexcept nogil:
+        flag_add(&self.running, -1)
+
+    @property
+    def over(self):
+        """Whether the memory was taken away."""
+        return self.state == LEASE_OVER
+
+    def end(self):
+        """Let nobody in any more; for memory that was never in force, or whose owner is gone."""
+        self.state = LEASE_OVER
+
+    def resident_bytes(self, uint64_t address, uint64_t size, uint64_t guest):
+        """Bytes of a range, which is at `guest`, that are in memory now, by mincore(2), without the GIL.
+
+        :raise StateError: the memory was taken away.
+        :raise OSError: the kernel says so; ENOMEM where something is not mapped.
+        """
+        cdef uint64_t resident
+        cdef int failed
+        self.enter()
+        with nogil:
+            failed = kernel_resident(address, size, &resident)
+            self.leave()
+        if failed:
+            raise residency_error(failed, guest)
+        return resident
+
+    def huge_bytes(self, uint64_t address, uint64_t size):
+        """Bytes of a range that this process maps in transparent huge pages, without the GIL.
+
+        :raise StateError: the memory was taken away.
+        :raise OSError: the kernel cannot be asked: before Linux 6.7, or without /proc.
+        """
+        cdef uint64_t huge = 0
+        cdef int failed
+        self.enter()
+        with nogil:
+            failed = kernel_huge(address, size, &huge)
+            self.leave()
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+        return huge
+
+    def file_status(self, int fd):
+        """(device, inode, size, bytes that it holds) of the file of the memory, without the GIL.
+
+        :raise StateError: the memory was taken away.
+        """
+        cdef file_status_t found
+        cdef int failed
+        self.enter()
+        with nogil:
+            failed = kernel_status(fd, &found)
+            self.leave()
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+        return found.device, found.inode, found.size, found.allocated
+
+
+cdef object residency_error(int error, uint64_t guest):
+    if error == ENOMEM:
+        return OSError(error, f"guest memory at {guest:#x} is not mapped any more: {os.strerror(error)}")
+    return OSError(error, f"guest memory at {guest:#x}: mincore(2) was refused: {os.strerror(error)}")
+
+
+@cython.final
 cdef class GuestMap:
     """An immutable table of regions.
 
@@ -166,6 +260,7 @@ cdef class GuestMap:
         rows = sorted(regions)
         self.holds = tuple(holds)
         self.inhibition = Inhibition() if inhibition is None else inhibition
+        self.lease = Lease()
         self.map.count = 0
         self.map.regions = <region_t *>calloc(<size_t>max(1, len(rows)), sizeof(region_t))
         if self.map.regions == NULL:
@@ -208,11 +303,33 @@ cdef class GuestMap:
     def __len__(self):
         return <Py_ssize_t>self.map.count
 
+    cdef void retire(self) noexcept:
+        """Name nothing any more. Nobody works on it: the lease is over, devices are on another map."""
+        cdef size_t index
+        self.lease.state = LEASE_OVER
+        for index in range(self.map.count):
+            self.map.regions[index].size = 0
+            self.map.regions[index].host = NULL
+            self.map.regions[index].fd = -1
+            flag_store(&self.map.regions[index].method, METHOD_NONE)
+        self.map.count = 0
+
     def translate(self, uint64_t address, uint64_t size):
-        """The parts of a guest range that are really RAM: a list of (guest address, host address, size)."""
+        """The parts of a guest range that are really RAM: a list of (guest address, host address, size).
+
+        :raise StateError: another layout is in force by now.
+        """
+        self.lease.enter()
+        try:
+            return self.parts(address, size)
+        finally:
+            self.lease.leave()
+
+    cdef list parts(self, uint64_t address, uint64_t size):
+        """`translate()` for who has entered the lease."""
         cdef region_t *region
         cdef uint64_t last, take
-        parts = []
+        cdef list parts = []
         if size == 0:
             return parts
         last = address + (size - 1)
@@ -253,15 +370,22 @@ cdef class GuestMap:
         One byte is read per page of the host: about 1 ms for each GiB that is not there, and more for what
         is. Releases the GIL and takes no lock of ours.
 
-        :raise OSError: the mapping is gone.
+        :raise StateError: another layout is in force by now.
+        :raise OSError: the mapping is gone, or the kernel does not say.
         """
-        if index >= self.map.count:
-            raise IndexError(index)
-        cdef region_t *region = &self.map.regions[index]
-        cdef uint64_t resident
+        cdef region_t *region
+        cdef uint64_t resident, guest
         cdef int failed
-        with nogil:
-            failed = kernel_resident(<uint64_t>region.host, region.size, &resident)
+        self.lease.enter()
+        try:
+            if index >= self.map.count:
+                raise IndexError(index)
+            region = &self.map.regions[index]
+            guest = region.guest
+            with nogil:
+                failed = kernel_resident(<uint64_t>region.host, region.size, &resident)
+        finally:
+            self.lease.leave()
         if failed:
-            raise OSError(f"guest memory at {region.guest:#x} is not mapped any more")
+            raise residency_error(failed, guest)
         return resident

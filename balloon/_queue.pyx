@@ -78,6 +78,7 @@ cdef class DataQueue:
         check_process(plane.generation)
         memset(&self.queue, 0, sizeof(queue_t))
         role = Role(role)
+        ring.check()  # of a map that is in force
         plane.see(ring.memory)
         self.plane = plane
         self.ring = ring

@@ -15,14 +15,16 @@ Rules:
 """
 
 cimport cython
-from libc.errno cimport EACCES, EAGAIN, EBADF, EINTR, EINVAL, ENODEV, ENOSYS, EOPNOTSUPP, EPERM
+from libc.errno cimport (
+    EACCES, EAGAIN, EBADF, EBUSY, EFAULT, EINTR, EINVAL, ENODEV, ENOMEM, ENOSYS, EOPNOTSUPP, EPERM,
+)
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from balloon._kernel cimport (
-    MADV_COLD, MADV_DONTNEED, MADV_REMOVE, iovec, kernel_advise, kernel_advise_many, kernel_punch,
-    kernel_vectored,
+    MADV_COLD, MADV_DONTNEED, MADV_REMOVE, iovec, kernel_advise, kernel_advise_many, kernel_look,
+    kernel_punch, kernel_refuses_vectors, kernel_vectored,
 )
 from balloon._memory cimport (
     METHOD_DONTNEED, METHOD_NONE, METHOD_PUNCH, METHOD_REMOVE, GuestMap, check_process, map_find,
@@ -37,6 +39,12 @@ cdef extern from "_atomics.h" nogil:
     void flag_store(int *p, int v)
     void flag_add(int *p, int v)
     void full_fence()
+
+cdef extern from "<time.h>" nogil:
+    int CLOCK_MONOTONIC_COARSE
+    cdef struct timespec:
+        long tv_sec
+    int clock_gettime(int clock, timespec *now)
 
 
 cdef void sort_ranges(reclaim_t *r) noexcept nogil:
@@ -100,7 +108,7 @@ cdef void refuse(range_t *piece, int error, reclaim_counters_t *counters) noexce
     """Count a run that the kernel would not take; give the method up if it refused the call as such."""
     counters.failures += 1
     counters.failed_bytes += piece.end - piece.start
-    if error in (EINVAL, EPERM, EACCES, EBADF, ENODEV, ENOSYS, EOPNOTSUPP):
+    if error in (EINVAL, EPERM, EACCES, EBADF, EBUSY, ENODEV, ENOSYS, EOPNOTSUPP):
         flag_store(&piece.region.refused, error)
         flag_store(&piece.region.method, METHOD_NONE)
 
@@ -163,8 +171,9 @@ cdef void discard_vector(reclaim_t *r, range_t *pieces, uint32_t count,
             if (done == -EINTR or done == -EAGAIN) and tries < RECLAIM_RETRIES:
                 tries += 1
                 continue
-            if done == -ENOSYS or done == -EPERM:
-                r.vectored = False  # a filter for system calls came after the probe
+            if done not in (-EINVAL, -ENOMEM, -EFAULT, -EINTR, -EAGAIN):  # not of a range, but of the call:
+                r.vectored = False  # a filter for system calls, or a policy, came after the probe
+                kernel_refuses_vectors(<int>-done)
             done = 0
         while first < count:
             length = pieces[first].end - pieces[first].start
@@ -251,6 +260,19 @@ cdef void reclaim_clear(reclaim_t *r) noexcept nogil:
     r.settled = False
 
 
+cdef bint may_take(range_t *piece, int now, reclaim_counters_t *counters) noexcept nogil:
+    """Look at a region's memory, at most once in a second: is it locked or watched since it was added?
+
+    Of the kernel only private memory that is locked would refuse. Who looks at the region next finds out
+    which of the two it is.
+    """
+    flag_store(&piece.region.looked, now)
+    if kernel_look(<uint64_t>piece.region.host, piece.region.size) == 0:
+        return True
+    refuse(piece, EBUSY, counters)
+    return False
+
+
 cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nogil:
     """Give everything that was added back to the kernel; empty afterwards."""
     cdef uint32_t number
@@ -258,13 +280,20 @@ cdef void reclaim_flush(reclaim_t *r, reclaim_counters_t *counters) noexcept nog
     cdef uint64_t block = <uint64_t>-1  # no address of a huge page
     cdef range_t *piece
     cdef int method
+    cdef timespec clock
+    cdef int now
     if not r.settled:
         reclaim_settle(r, counters)
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &clock)
+    now = <int>(clock.tv_sec + 1)  # not 0, at which regions begin
     for number in range(r.count):
         piece = &r.ranges[number]
         method = flag_load(&piece.region.method)
         if method == METHOD_NONE:  # refused since it was settled
             counters.skipped_bytes += piece.end - piece.start
+            continue
+        if flag_load(&piece.region.looked) != now and not flag_load(piece.region.inhibited) \
+                and not may_take(piece, now, counters):
             continue
         counters.ranges += 1
         if piece.region.split and method == METHOD_DONTNEED:
@@ -315,27 +344,33 @@ cdef class Reclaimer:
 
         What is outside guest memory is left out. Releases the GIL during the system calls.
 
-        :raise StateError: another thread is in this method, or this is the child of a fork.
+        :raise StateError: another layout is in force than that of `memory`; another thread is in this method;
+            or this is the child of a fork.
         """
-        cdef uint64_t host, part_address
+        cdef uint64_t host, part_address, address, size, take
         cdef int *discarding = &memory.inhibition.running
         cdef region_t *region
+        cdef list wanted = [(<uint64_t>address, <uint64_t>size) for address, size in ranges]
         check_process(self.generation)
-        parts = [part for address, size in ranges for part in memory.translate(address, size)]
+        memory.lease.enter()
         if self.busy:
+            memory.lease.leave()
             raise StateError("another thread uses this Reclaimer: make one for each")
         self.busy = True
         try:
-            for part_address, host, take in parts:
-                region = map_find(&memory.map, part_address)
-                reclaim_add(&self.state, region, host, host + <uint64_t>take)
-                if reclaim_full(&self.state):
-                    with nogil:
-                        flush_apart(&self.state, &self.counters, discarding)
+            for address, size in wanted:
+                for part_address, host, take in memory.parts(address, size):
+                    region = map_find(&memory.map, part_address)
+                    reclaim_add(&self.state, region, host, host + take)
+                    if reclaim_full(&self.state):
+                        with nogil:
+                            flush_apart(&self.state, &self.counters, discarding)
             with nogil:
                 flush_apart(&self.state, &self.counters, discarding)
         finally:
+            reclaim_clear(&self.state)
             self.busy = False
+            memory.lease.leave()
 
     @property
     def vectored(self):

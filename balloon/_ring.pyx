@@ -21,7 +21,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from balloon._memory cimport GuestMap, map_find, map_host, map_last, map_t, region_t
+from balloon._memory cimport LEASE_OVER, GuestMap, map_find, map_host, map_last, map_t, region_t
 from balloon._spec cimport (
     AVAIL_F_NO_INTERRUPT, DESC_BYTES, DESC_F_INDIRECT, DESC_F_NEXT, FAULT_AVAILABLE_AHEAD, FAULT_HEAD_RANGE,
     FAULT_INDIRECT_ADDRESS, FAULT_INDIRECT_NESTED, FAULT_INDIRECT_NEXT, FAULT_INDIRECT_SIZE,
@@ -371,6 +371,8 @@ cdef class SplitRing:
     cdef int check(self) except -1:
         if self.ring.used == NULL:
             raise StateError("this ring was stopped: its memory may be gone")
+        if self.memory.lease.state == LEASE_OVER:
+            raise StateError("this ring is of a layout of guest memory that is not in force any more")
         return 0
 
     @property

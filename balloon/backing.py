@@ -1,7 +1,7 @@
 """One region of guest RAM: what it lies in, and which way of giving it back follows from that.
 
-What backs a region is found out from /proc/self/smaps when it is added, without a look at the memory itself,
-and decides the reclaim method:
+What backs a region is found out when it is added, without a look at the memory itself, and decides the
+reclaim method:
 
 =============================================  ========  ===================================================
 backing                                        method    why
@@ -12,33 +12,40 @@ given as an fd                                 punch     no mapping is needed, a
 private mapping of a file                      none      a discard would bring the file's content back
 locked (mlock), userfaultfd, device memory     none      refused, or somebody else decides
 a named file, shared                           none      others may map it; `shared_file=True` allows it
+huge pages of hugetlbfs                        none      the pool may be empty later; `discard_hugetlb=True`
 =============================================  ========  ===================================================
 
 "none" means that reports are acknowledged and nothing is discarded; `Region.reason` says why.
+
+No call here holds the GIL while it may wait. A file needs no /proc. A buffer does: on Linux 6.11 the kernel
+is asked about its addresses alone, elsewhere /proc/self/smaps is read up to its end.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from balloon._kernel import FileMapping, file_page_bytes, probe_punch, resident_bytes
-from balloon._memory import BufferHold
+from balloon._kernel import FileMapping, advise, file_page_bytes, look, probe_punch, query_mappings
+from balloon._memory import BufferHold, Lease
 from balloon.errors import ConfigError, StateError
 
 __all__ = ["FdRegion", "Mapping", "Piece", "Region", "map_fd", "read_mappings"]
 
 HUGE_PAGE_SIZE: Final = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
+SMAPS: Final = "/proc/self/smaps"
+F_SEAL_FUTURE_WRITE: Final = 0x10
 MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) [0-9a-f]+ \S+ (\d+) *(.*)")
 
 
 @dataclass(frozen=True)
 class Mapping:
-    """One entry of /proc/self/smaps."""
+    """One mapping of this process, and who has a say in it besides us."""
 
     start: int
     end: int
@@ -46,62 +53,96 @@ class Mapping:
     inode: int
     path: str
     page_bytes: int
-    flags: frozenset[str]
+    locked: bool
+    watched: bool
+    device: bool = False
 
 
 def read_mappings(start: int, end: int) -> list[Mapping]:
-    """The mappings of this process that touch an address range, in order."""
+    """The mappings of this process that touch an address range, in order.
+
+    :raise OSError: there is no /proc, or it is not readable.
+    """
+    found = query_mappings(start, end)
+    return read_smaps(start, end) if found is None else [Mapping(*one) for one in found]
+
+
+def read_smaps(start: int, end: int) -> list[Mapping]:
+    """`read_mappings` on a kernel that cannot be asked by address; reads no further than the range."""
     found: list[Mapping] = []
     head: re.Match[str] | None = None
     page_bytes = mmap.PAGESIZE
-    with open("/proc/self/smaps", encoding="utf-8", errors="surrogateescape") as smaps:
+    with open(SMAPS, encoding="utf-8", errors="surrogateescape") as smaps:
         for line in smaps:
             if (match := MAPPING.match(line)) is not None:
-                head = match if int(match[1], 16) < end and int(match[2], 16) > start else None
+                if int(match[1], 16) >= end:
+                    break
+                head = match if int(match[2], 16) > start else None
             elif head is not None and line.startswith("KernelPageSize:"):
                 page_bytes = int(line.split()[1]) << 10
             elif head is not None and line.startswith("VmFlags:"):
                 flags = frozenset(line.split()[1:])
                 low, high, inode = int(head[1], 16), int(head[2], 16), int(head[4])
-                found.append(Mapping(low, high, head[3], inode, head[5].strip(), page_bytes, flags))
+                says = ("lo" in flags, bool(flags & {"um", "uw", "ui"}), bool(flags & {"io", "pf"}))
+                found.append(Mapping(low, high, head[3], inode, head[5].strip(), page_bytes, *says))
     return found
 
 
-def has_locked_memory() -> bool:
-    """Whether anything in this process is locked; costs nothing, unlike a look at smaps."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        return any(line.startswith("VmLck:") and int(line.split()[1]) for line in status)
-
-
+LOCKED: Final = "the memory is locked (mlock)"
+WATCHED: Final = "the memory is registered with userfaultfd"
 OTHERS_MAY_MAP: Final = "a file with a name, which others may map (shared_file=True allows it)"
+POOL_MAY_BE_EMPTY: Final = (
+    "huge pages of hugetlbfs: one that is given back may be gone when the guest wants it again, which ends "
+    "in SIGBUS (discard_hugetlb=True allows it)"
+)
+CUT: Final = "a part of a huge page whose rest is not in this region"
 
 
-def classify(mapping: Mapping, shared_file: bool) -> tuple[str, str]:
+def classify(mapping: Mapping, shared_file: bool, discard_hugetlb: bool) -> tuple[str, str]:
     """The reclaim method for a mapping of which the fd is not known, and why it is "none" if it is."""
-    if "lo" in mapping.flags:
-        return "none", "the memory is locked (mlock)"
-    if mapping.flags & {"um", "uw", "ui"}:
-        return "none", "the memory is registered with userfaultfd"
-    if mapping.flags & {"io", "pf"}:
+    if mapping.locked:
+        return "none", LOCKED
+    if mapping.watched:
+        return "none", WATCHED
+    if mapping.device:
         return "none", "device memory"
+    huge = mapping.page_bytes > mmap.PAGESIZE
     if mapping.permissions[3] != "s":
-        if mapping.inode == 0 or mapping.path == "/anon_hugepage (deleted)":
-            return "dontneed", ""
-        return "none", "a private mapping of a file: a discard would bring the file's content back"
+        if mapping.inode and mapping.path != "/anon_hugepage (deleted)":
+            return "none", "a private mapping of a file: a discard would bring the file's content back"
+        return ("none", POOL_MAY_BE_EMPTY) if huge and not discard_hugetlb else ("dontneed", "")
     ours = mapping.path.startswith(("/dev/zero", "/memfd:", "/anon_hugepage", "/SYSV"))
-    return ("remove", "") if ours or shared_file else ("none", OTHERS_MAY_MAP)
+    if not ours and not shared_file:
+        return "none", OTHERS_MAY_MAP
+    return ("none", POOL_MAY_BE_EMPTY) if huge and not discard_hugetlb else ("remove", "")
 
 
-def classify_fd(fd: int, page_bytes: int, shared_file: bool) -> tuple[str, str]:
+def is_sealed(fd: int) -> bool:
+    """Whether a file is sealed against writing; only memfds and their like can be."""
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & (fcntl.F_SEAL_WRITE | F_SEAL_FUTURE_WRITE))
+    except OSError:
+        return False
+
+
+def classify_fd(fd: int, page_bytes: int, shared_file: bool, discard_hugetlb: bool) -> tuple[str, str]:
     """The reclaim method for a file that is mapped here, shared, and why it is "none" if it is."""
     # A file without a name has no user but those who were handed it.
     if os.fstat(fd).st_nlink and not shared_file:
         return "none", OTHERS_MAY_MAP
+    if page_bytes > mmap.PAGESIZE and not discard_hugetlb:
+        return "none", POOL_MAY_BE_EMPTY
     refused = probe_punch(fd, page_bytes)
-    if not refused:
+    if refused in (0, errno.EPERM, errno.EFBIG) and is_sealed(fd):
+        return "none", "the file is sealed against writing"
+    if refused in (0, errno.EFBIG):  # the latter: a file that ends where files end
         return "punch", ""
-    why = {errno.EPERM: "the file is sealed against writing", errno.EBADF: "the fd is not writable"}
-    return "none", why.get(refused, f"no holes can be punched into the file: {os.strerror(refused)}")
+    if refused == errno.EBADF:
+        return "none", "the fd is not writable"
+    why = os.strerror(refused)
+    if refused in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+        why += ", by a filter for system calls, a security module, or an attribute of the file"
+    return "none", f"fallocate(2) punches no holes into the file: {why}"
 
 
 @dataclass
@@ -123,14 +164,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class FdRegion:
-    """A region of guest memory that lies in a file, for `GuestMemory.replace`. Sizes are bytes."""
+    """A region of guest memory that lies in a file, for `GuestMemory.replace`. Sizes are bytes.
+
+    The options are those of `GuestMemory.add_fd`, with the same defaults.
+    """
 
     fd: int
     size: int
     offset: int
     guest_address: int
-    shared_file: bool = True
+    shared_file: bool = False
     page_bytes: int | None = None
+    discard_hugetlb: bool = False
 
 
 @dataclass(eq=False)
@@ -144,14 +189,16 @@ class Region:
     offset: int = 0
     shared_file: bool = False
     split: str | None = None
+    discard_hugetlb: bool = False
+    small_pages: bool = False
     pieces: list[Piece] = field(default_factory=list, repr=False)
     _base_bytes: int = field(default=0, repr=False)
     _split_bytes: int = field(default=0, repr=False)
     _declared: int | None = field(default=None, repr=False)
     _hold: BufferHold | None = field(default=None, repr=False)
-    _mapped: mmap.mmap | FileMapping | None = field(default=None, repr=False)
+    _mapped: FileMapping | None = field(default=None, repr=False)
     _owner: object = field(default=None, repr=False)
-    _removed: bool = field(default=False, repr=False)
+    _lease: Lease = field(default_factory=Lease, repr=False)
 
     @property
     def method(self) -> str:
@@ -179,14 +226,28 @@ class Region:
         kernels tell only what this process has touched. What is swapped out does not count.
 
         The kernel walks the page tables: about a millisecond for each GiB that is not there, and more for
-        what is. Takes no lock, and releases the GIL.
+        what is. Takes no lock, and releases the GIL; who removes the region waits for it.
 
         :raise StateError: the region was removed.
-        :raise OSError: something of it is not mapped any more.
+        :raise OSError: something of it is not mapped any more, or the kernel does not say.
         """
-        if self._removed:
+        if self._lease.over:
             raise StateError(f"the region at {self.guest_address:#x} was removed")
-        return sum(resident_bytes(piece.host_address, piece.size) for piece in self.pieces)
+        ask = self._lease.resident_bytes
+        return sum(ask(piece.host_address, piece.size, piece.guest_address) for piece in self.pieces)
+
+    def huge_bytes(self) -> int | None:
+        """Bytes of it that this process maps in huge pages; None where the kernel cannot be asked.
+
+        It needs Linux 6.7 and /proc. The kernel's khugepaged puts small pages together to huge ones, and
+        fills what was discarded in between: this figure and `resident_bytes()` then grow together.
+
+        :raise StateError: the region was removed.
+        """
+        try:
+            return sum(self._lease.huge_bytes(piece.host_address, piece.size) for piece in self.pieces)
+        except OSError:
+            return None
 
     def _find_pieces(self) -> None:
         """Split the region by the mappings that it lies in; a file that we have mapped is one."""
@@ -194,16 +255,14 @@ class Region:
         end = self.host_address + self.size
         here = self.host_address
         if self.fd >= 0:
-            # Not from smaps: the kernel walks the page tables of the whole process for that.
-            page_bytes = file_page_bytes(self.fd)
-            method, reason = self._classify_file(here, page_bytes)
-            here = self._add_piece(here, self.size, page_bytes, method, reason)
-        for mapping in () if here == end else read_mappings(here, end):
+            self._base_bytes = file_page_bytes(self.fd)
+            here = self._add_piece(here, self.size, self._base_bytes, *self._classify_file(here, self.size))
+        for mapping in () if here == end else self._read_mappings(here, end):
             if mapping.start > here:
                 break
             if mapping.permissions[:2] != "rw":
                 raise ConfigError(f"guest memory at {self.guest_address:#x} is not mapped writable")
-            method, reason = classify(mapping, self.shared_file)
+            method, reason = classify(mapping, self.shared_file, self.discard_hugetlb)
             here = self._add_piece(here, min(mapping.end, end) - here, mapping.page_bytes, method, reason)
         if here < end:
             raise ConfigError(f"guest memory at {self.guest_address:#x} is not mapped in this process")
@@ -214,6 +273,27 @@ class Region:
                     f"{piece.page_bytes} bytes: use mmap.mmap, a memfd or aligned memory"
                 )
         self._find_split()
+        if self.small_pages:
+            self._keep_pages_small()
+
+    def _read_mappings(self, start: int, end: int) -> list[Mapping]:
+        try:
+            return read_mappings(start, end)
+        except OSError as error:
+            raise ConfigError(
+                f"the region at {self.guest_address:#x}: what backs a buffer is found out from /proc/self, "
+                f"which cannot be read ({error.strerror}): mount /proc, or hand over a memfd with add_fd()"
+            ) from error
+
+    def _keep_pages_small(self) -> None:
+        where = f"the region at {self.guest_address:#x}"
+        if self._base_bytes != mmap.PAGESIZE or self.method != "dontneed":
+            why = self.reason or "it is shared, or lies in huge pages of its own"
+            raise ConfigError(f"{where} has no use for small_pages, private anonymous memory has: {why}")
+        try:
+            advise(self.host_address, self.size, mmap.MADV_NOHUGEPAGE)
+        except OSError as error:
+            raise ConfigError(f"{where}: madvise(MADV_NOHUGEPAGE): {error.strerror}") from error
 
     def _find_split(self) -> None:
         """Find out what `split` asks for: bytes of a huge page that is split before a part of it goes."""
@@ -239,6 +319,7 @@ class Region:
     def _add_piece(self, here: int, size: int, page_bytes: int, method: str, reason: str) -> int:
         """Add the part of the region that begins at an address; returns where the next one begins."""
         self._base_bytes = max(self._base_bytes, page_bytes)
+        end = here + size
         if self._declared is not None:
             if self._declared < page_bytes:
                 raise ConfigError(
@@ -246,44 +327,62 @@ class Region:
                     f"it cannot be given back in pages of {self._declared}"
                 )
             page_bytes = self._declared
-        into = here - self.host_address
-        self.pieces.append(
-            Piece(self.guest_address + into, size, here, self.offset + into, page_bytes, method, reason)
-        )
-        return here + size
+        elif page_bytes > mmap.PAGESIZE:  # huge pages that the region cuts are taken, and never given back
+            first = min(here + -here % page_bytes, end)
+            last = max(end - end % page_bytes, first)
+            self._append(here, first, mmap.PAGESIZE, "none", reason or CUT)
+            self._append(first, last, page_bytes, method, reason)
+            self._append(last, end, mmap.PAGESIZE, "none", reason or CUT)
+            return end
+        self._append(here, end, page_bytes, method, reason)
+        return end
 
-    def _classify_file(self, address: int, page_bytes: int) -> tuple[str, str]:
+    def _append(self, start: int, end: int, page_bytes: int, method: str, reason: str) -> None:
+        if start < end:
+            into = start - self.host_address
+            guest, offset = self.guest_address + into, self.offset + into
+            self.pieces.append(Piece(guest, end - start, start, offset, page_bytes, method, reason))
+
+    def _classify_file(self, address: int, size: int) -> tuple[str, str]:
         """The method for a file that we have mapped: a hole would be punched although it is locked."""
-        if has_locked_memory():
-            for mapping in read_mappings(address, address + 1):
-                if "lo" in mapping.flags:
-                    return classify(mapping, self.shared_file)
-        return classify_fd(self.fd, page_bytes, self.shared_file)
+        locked, watched = look(address, size)
+        if locked or watched:
+            return "none", LOCKED if locked else WATCHED
+        return classify_fd(self.fd, self._base_bytes, self.shared_file, self.discard_hugetlb)
 
     def _look_again(self, piece: Piece) -> tuple[str, str]:
         """Find out anew what backs a piece of the region."""
+        if piece.reason == CUT:
+            return "none", CUT
         if self.fd >= 0:
-            return self._classify_file(piece.host_address, piece.page_bytes)
-        found = read_mappings(piece.host_address, piece.host_address + 1)
-        return (
-            classify(found[0], self.shared_file) if found else ("none", "the memory is not mapped any more")
-        )
+            return self._classify_file(piece.host_address, piece.size)
+        end = piece.host_address + piece.size
+        try:
+            found = read_mappings(piece.host_address, end)
+        except OSError as error:
+            return "none", f"/proc/self cannot be read: {error.strerror}"
+        says = [classify(one, self.shared_file, self.discard_hugetlb) for one in found]
+        # A part of a piece that became another kind of memory decides for all of it.
+        return next((one for one in says if one[0] == "none"), says[0]) if says else GONE
 
     def _release(self) -> None:
-        self._removed = True
-        if self._hold is not None:
-            self._hold.release()
-            self._hold = None
-        if self._mapped is not None:
-            self._mapped.close()
-            self._mapped = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        self._owner = None
+        """Let go of everything, whatever fails; a second call does nothing. Nobody works on it any more.
 
-    def __del__(self) -> None:
-        self._release()
+        :raise OSError: unmapping it or closing its file failed.
+        """
+        self._lease.end()
+        for piece in self.pieces:
+            piece.method, piece.reason = "none", "the region was removed"
+        hold, mapped = self._hold, self._mapped
+        self.fd = -1
+        self._hold = self._mapped = self._owner = None
+        if hold is not None:
+            hold.release()
+        if mapped is not None:
+            mapped.close()
+
+
+GONE: Final = ("none", "the memory is not mapped any more")
 
 
 def check_page(page_bytes: int | None) -> None:
@@ -293,12 +392,17 @@ def check_page(page_bytes: int | None) -> None:
 
 
 def map_fd(wanted: FdRegion) -> Region:
-    """Map a file shared and writable, and keep an fd of our own to punch holes through."""
+    """Map a file shared and writable, with an fd of our own to punch holes through.
+
+    It may wait for the file's owner, as long as that likes, without the GIL: `balloon._kernel.file_kind`
+    tells before whose fd that can be. Whole pages of the file are mapped, also where the region cuts some.
+    """
     where = f"the region at {wanted.guest_address:#x}"
     if wanted.size <= 0 or wanted.offset < 0:
         raise ConfigError(f"{where} has {wanted.size} bytes at offset {wanted.offset}")
     try:
         end = os.fstat(wanted.fd).st_size
+        own = file_page_bytes(wanted.fd)
     except OSError as error:
         raise ConfigError(f"{where}: {error}") from error
     if wanted.offset + wanted.size > end:
@@ -306,34 +410,33 @@ def map_fd(wanted: FdRegion) -> Region:
             f"{where} reaches to byte {wanted.offset + wanted.size} of a file of {end} bytes: "
             "a drain would meet SIGBUS there"
         )
-    if wanted.offset % mmap.ALLOCATIONGRANULARITY:
+    if wanted.offset % mmap.PAGESIZE:
         raise ConfigError(f"{where} starts at offset {wanted.offset} of its file, which is no page")
     check_page(wanted.page_bytes)
-    if wanted.page_bytes is not None and (wanted.offset | wanted.size) % wanted.page_bytes:
-        raise ConfigError(f"{where} has to start and end at a page of {wanted.page_bytes} bytes in its file")
-    mapped: mmap.mmap | FileMapping
-    hold: BufferHold | None = None
+    page_bytes = wanted.page_bytes or mmap.PAGESIZE
+    if (wanted.offset | wanted.size) % page_bytes:
+        raise ConfigError(f"{where} has to start and end at a page of {page_bytes} bytes in its file")
+    first = wanted.offset - wanted.offset % own
+    last = wanted.offset + wanted.size
+    last += -last % own
     try:
-        if wanted.page_bytes is None:
-            mapped = mmap.mmap(wanted.fd, wanted.size, offset=wanted.offset)
-            hold = BufferHold(mapped)
-            address = hold.address
-        else:  # mmap.mmap has no say in where it lies
-            page_bytes = max(wanted.page_bytes, file_page_bytes(wanted.fd))
-            mapped = FileMapping(wanted.fd, wanted.size, wanted.offset, page_bytes)
-            address = mapped.address
+        mapped = FileMapping(wanted.fd, last - first, first, max(page_bytes, own))
     except PermissionError as error:
-        raise ConfigError(f"{where}: the file is read-only or sealed against writing") from error
-    except (OSError, ValueError) as error:
+        read_only = fcntl.fcntl(wanted.fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR
+        why = f"mmap(2) was refused: {error.strerror}"
+        if read_only or is_sealed(wanted.fd):
+            why = "the file is read-only or sealed against writing"
+        raise ConfigError(f"{where}: {why}") from error
+    except (OSError, OverflowError) as error:
         raise ConfigError(f"{where} cannot be mapped: {error}") from error
     return Region(
         wanted.guest_address,
         wanted.size,
-        address,
-        os.dup(wanted.fd),
+        mapped.address + wanted.offset - first,
+        mapped.file,
         wanted.offset,
         wanted.shared_file,
+        discard_hugetlb=wanted.discard_hugetlb,
         _declared=wanted.page_bytes,
-        _hold=hold,
         _mapped=mapped,
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import balloon
-from balloon._kernel import built_with, kernel_path
+from balloon._kernel import built_with, kernel_path, probe_calls
 from balloon.demo import MIB, Moment, Story, run_driver_story, run_uml_story
 from balloon.device import Balloon
 from balloon.errors import BalloonError
@@ -152,6 +152,7 @@ def describe_host() -> list[tuple[str, str]]:
         anonymous += "; one call for all ranges of a slice, madvise for a single range"
     else:
         anonymous += "; one call for each merged range"
+    shared, files = probe_calls()
     return [
         ("Python", platform.python_version()),
         ("native core", f"Cython {cython}, {compiler}"),
@@ -161,9 +162,9 @@ def describe_host() -> list[tuple[str, str]]:
         ("THP of shared memory", setting(f"{thp}/shmem_enabled", r"\[(\w+)\]")),
         ("huge page size", setting("/proc/meminfo", r"Hugepagesize:\s*(\d+ kB)")),
         ("anonymous memory", anonymous),
-        ("shared anonymous", "madvise (MADV_REMOVE); one call for each merged range"),
-        ("memfd, other fds", "fallocate (punch a hole); one call for each merged range"),
-        ("hugetlb", "the same as without it, in whole huge pages only"),
+        ("shared anonymous", f"madvise (MADV_REMOVE){shared}; one call for each merged range"),
+        ("memfd, other fds", f"fallocate (punch a hole){files}; one call for each merged range"),
+        ("hugetlb", "left alone unless asked for (discard_hugetlb); then whole huge pages only"),
     ]
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from balloon._memory import BufferHold, GuestMap, Inhibition
-from balloon._plane import DataPlane, Holds
+from balloon._swap import MapSwitch, Turn
 from balloon.backing import FdRegion, Piece, Region, map_fd
 from balloon.errors import ConfigError, StateError
 
@@ -26,12 +25,16 @@ TIMEOUT = 10.0
 
 @dataclass(frozen=True)
 class RegionResidency:
-    """How much of a region is in the host's memory; `file` is its index in `Residency.files`, or None."""
+    """How much of a region is in the host's memory; `file` is its index in `Residency.files`, or None.
+
+    `huge_bytes`: how much of it this process maps in huge pages, see `Region.huge_bytes`; None if unknown.
+    """
 
     guest_address: int
     size: int
     resident_bytes: int
     file: int | None
+    huge_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,16 @@ class Claim:
         self.release()
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What changes together, in one step: see `_swap`."""
+
+    regions: tuple[Region, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    """In the order of the map's rows."""
+    closed: bool = False
+
+
 class GuestMemory:
     """The memory of one guest, as any number of regions that may come and go.
 
@@ -100,15 +113,11 @@ class GuestMemory:
     """
 
     def __init__(self, buffer: Any = None, *, guest_address: int = 0) -> None:
-        self._lock = threading.Lock()
-        self._regions: tuple[Region, ...] = ()
-        self._pieces: list[Piece] = []
+        self._lock = threading.Lock()  # for who changes the layout; nobody else waits for it
         self._inhibition = Inhibition()
         self._claim_lock = threading.Lock()  # not the other one, which a swap holds while it waits
         self._claims: tuple[Claim, ...] = ()
-        self._map = GuestMap((), (), self._inhibition)
-        self._users: weakref.WeakSet[DataPlane] = weakref.WeakSet()
-        self._closed = False
+        self._users = MapSwitch(GuestMap((), (), self._inhibition), _Layout())
         if buffer is not None:
             self.add(buffer, guest_address=guest_address)
 
@@ -119,22 +128,26 @@ class GuestMemory:
         self.close()
 
     def __iter__(self) -> Iterator[Region]:
-        return iter(self._regions)
+        return iter(self.regions)
 
     @property
     def regions(self) -> tuple[Region, ...]:
         """The regions, in the order of their guest addresses."""
-        return self._regions
+        return self._users.layout.regions
 
     @property
     def map(self) -> GuestMap:
-        """The native table of the layout as it is now."""
-        return self._map
+        """The native table of the layout as it is now. One of an earlier layout names nothing any more."""
+        return self._users.map
+
+    @property
+    def _closed(self) -> bool:
+        return self._users.layout.closed
 
     @property
     def size(self) -> int:
         """Bytes of all regions."""
-        return sum(region.size for region in self._regions)
+        return sum(region.size for region in self.regions)
 
     def add(
         self,
@@ -144,6 +157,8 @@ class GuestMemory:
         shared_file: bool = False,
         page_bytes: int | None = None,
         split: str | None = None,
+        small_pages: bool = False,
+        discard_hugetlb: bool = False,
         timeout: float | None = None,
     ) -> Region:
         """Map any writable buffer (mmap, numpy array, ctypes array, memoryview) as guest RAM.
@@ -159,6 +174,12 @@ class GuestMemory:
         resident size falls at once (RECLAIM 1.7). With "eager" it is split first, which costs about 0.2 ms
         for each huge page, once: `split_blocks` counts what was asked for. None leaves it to the kernel.
 
+        `small_pages` keeps transparent huge pages out of private anonymous memory (MADV_NOHUGEPAGE), also
+        after it was removed. The kernel's khugepaged then never fills what was discarded; the guest's memory
+        accesses cost more. `discard_hugetlb` gives back huge pages of hugetlbfs. Without it they stay: a page
+        that went may be somebody else's when the guest wants it again, which ends in SIGBUS. Huge pages that
+        the region's borders cut are never given back.
+
         :raise ConfigError: it is not writable, not page-aligned, or overlaps another region; `page_bytes`
             cannot be, or the buffer's address or size is no multiple of it; `split` is something else, or it
             is not private anonymous memory of 4096-byte pages, which alone has a use for it.
@@ -171,6 +192,8 @@ class GuestMemory:
             hold.address,
             shared_file=shared_file,
             split=split,
+            small_pages=small_pages,
+            discard_hugetlb=discard_hugetlb,
             _declared=page_bytes,
             _hold=hold,
         )
@@ -186,11 +209,13 @@ class GuestMemory:
         shared_file: bool = False,
         page_bytes: int | None = None,
         split: str | None = None,
+        small_pages: bool = False,
+        discard_hugetlb: bool = False,
         timeout: float | None = None,
     ) -> Region:
         """Map `size` bytes at a raw address of this process; `owner` is kept alive meanwhile.
 
-        `page_bytes`, `split` and `timeout` are the same as for `add`.
+        The options are the same as for `add`.
 
         :raise ConfigError: it is not mapped writable, not page-aligned, or overlaps another region; or
             `page_bytes` or `split` cannot be.
@@ -204,6 +229,8 @@ class GuestMemory:
             address,
             shared_file=shared_file,
             split=split,
+            small_pages=small_pages,
+            discard_hugetlb=discard_hugetlb,
             _declared=page_bytes,
             _owner=owner,
         )
@@ -218,74 +245,93 @@ class GuestMemory:
         guest_address: int = 0,
         shared_file: bool = False,
         page_bytes: int | None = None,
+        discard_hugetlb: bool = False,
         timeout: float | None = None,
     ) -> Region:
         """Map a part of a memfd or file as guest RAM; the fd stays the caller's.
 
         A file that has a name is not discarded from unless `shared_file` says that nobody else needs it.
-        `page_bytes` and `timeout` are the same as for `add`; the file is mapped at a multiple of the page.
+        The other options are the same as for `add`; the file is mapped at a multiple of the page. Other
+        threads go on, also where the file's owner lets this one wait.
 
         :raise ConfigError: it reaches past the end of the file, cannot be mapped writable, is not
             page-aligned, or overlaps another region; or `page_bytes` cannot be.
         :raise StateError: see `add`.
         """
-        region = map_fd(FdRegion(fd, size, offset, guest_address, shared_file, page_bytes))
+        region = map_fd(FdRegion(fd, size, offset, guest_address, shared_file, page_bytes, discard_hugetlb))
         return self._add(region, timeout)
 
     def remove(self, region: Region, timeout: float = TIMEOUT) -> None:
-        """Unmap a region, once no drain is on it. A ring that lay in it stops with a fault.
+        """Unmap a region, once nobody works on it. A ring that lay in it stops with a fault.
+
+        What still refers to the old layout names nothing afterwards: a `GuestMap` or region that was kept
+        raises `StateError`.
 
         :raise ConfigError: the region is not one of these.
         :raise StateError: a drain did not end within `timeout` seconds; nothing was changed.
+        :raise OSError: unmapping it or closing its file failed; it is removed all the same.
         """
-        with self._lock:
-            if region not in self._regions:
-                raise ConfigError(
-                    "this region is not part of this memory: remove() takes, once, what add() returned"
-                )
-            self._swap([other for other in self._regions if other is not region], timeout)
-            region._release()
+        try:
+            with Turn(self._lock, timeout):
+                if region not in self.regions:
+                    raise ConfigError(
+                        "this region is not part of this memory: remove() takes, once, what add() returned"
+                    )
+                self._swap([other for other in self.regions if other is not region], timeout)
+        finally:
+            if region._lease.over:  # whatever was raised meanwhile, nobody is on it
+                region._release()
 
     def replace(self, regions: Sequence[FdRegion], timeout: float = TIMEOUT) -> None:
         """Put a whole new layout in force, given as files.
 
         :raise ConfigError: see `add_fd`; the old layout stays.
         :raise StateError: a drain did not end in time, or the memory was closed; the old layout stays.
+        :raise OSError: see `remove`; the new layout is in force.
         """
-        mapped: list[Region] = []
-        with self._lock:
-            old = self._regions
-            if self._closed and regions:
-                raise StateError("this guest memory is closed: make another one")
-            try:
-                for wanted in regions:
-                    mapped.append(map_fd(wanted))
-                    mapped[-1]._find_pieces()
-                self._swap(mapped, timeout)
-            except BaseException:
-                for region in mapped:
-                    region._release()
-                raise
-            for region in old:
-                region._release()
+        if self._closed and regions:
+            raise StateError("this guest memory is closed: make another one")
+        self._replace(regions, timeout, closed=self._closed)
 
     def close(self, timeout: float = TIMEOUT) -> None:
         """Remove every region. A second call does nothing.
 
         :raise StateError: a drain did not end within `timeout` seconds.
+        :raise OSError: see `remove`.
         """
-        self.replace((), timeout)
-        self._closed = True
+        self._replace((), timeout, closed=True)
+
+    def _replace(self, regions: Sequence[FdRegion], timeout: float, closed: bool) -> None:
+        mapped: list[Region] = []
+        old: tuple[Region, ...] = ()
+        try:
+            for wanted in regions:
+                mapped.append(map_fd(wanted))
+                mapped[-1]._find_pieces()
+            with Turn(self._lock, timeout):
+                if self._closed and regions:
+                    raise StateError("this guest memory is closed: make another one")
+                old = self.regions
+                self._swap(mapped, timeout, closed=closed)
+        finally:
+            # Whichever of the two is in force, whatever happened: the other one goes.
+            now = self.regions
+            release_all(region for region in (*old, *mapped) if region not in now)
 
     def resident_bytes(self) -> int:
         """What the host holds for the guest now, by mincore(2): bytes in memory, over all regions.
 
         For memory that several processes share it counts what any of them put there; on hugetlbfs the
         kernel tells only what this process has touched. Takes about a millisecond for each GiB, and no lock
-        that a drain waits for.
+        that a drain waits for. A change of the layout waits for it, and it begins anew then.
         """
-        memory = self._map
-        return sum(memory.resident_bytes(index) for index in range(len(memory)))
+        while True:
+            memory = self.map
+            try:
+                return sum(memory.resident_bytes(index) for index in range(len(memory)))
+            except (StateError, IndexError):
+                if memory is self.map:
+                    raise
 
     def residency(self) -> Residency:
         """What the host holds for the guest now, by region, in the order of addresses, and by file.
@@ -298,42 +344,57 @@ class GuestMemory:
           many regions lie in it. Only regions that were added as an fd have their file here: of a mapped
           buffer the file is not known.
 
-        Costs what `Region.resident_bytes` costs, over all regions, and one fstat(2) for each. Takes no lock:
-        drains and changes of the layout go on meanwhile, and what they change may show or not.
+        Costs what `Region.resident_bytes` and `Region.huge_bytes` cost, over all regions, and one fstat(2)
+        for each. Takes no lock: drains go on meanwhile, and what they change may show or not. A change of the
+        layout waits for what is looked at, and it begins anew then.
 
-        :raise StateError: a region was removed meanwhile.
         :raise OSError: something is not mapped any more.
         """
-        regions: list[RegionResidency] = []
-        files: dict[tuple[int, int], FileResidency] = {}
-        for region in self._regions:
-            resident = region.resident_bytes()
-            fd, number = region.fd, None
-            if fd >= 0:
-                found = os.fstat(fd)
-                key = found.st_dev, found.st_ino
-                mapped = region.size + (files[key].mapped_bytes if key in files else 0)
-                files[key] = FileResidency(*key, found.st_size, mapped, found.st_blocks * 512)
-                number = list(files).index(key)
-            regions.append(RegionResidency(region.guest_address, region.size, resident, number))
-        return Residency(tuple(regions), tuple(files.values()))
+        while True:
+            regions = self.regions
+            try:
+                return measure(regions)
+            except StateError:
+                if regions is self.regions:
+                    raise
 
     def look_again(self) -> None:
+        """Find out anew what backs all regions: call it after memory was locked, or unlocked, or watched.
+
+        Before discards it is noticed within about a second that a region was locked (mlock) in this process
+        or registered with userfaultfd; nothing is discarded from it after that. This call makes it certain
+        from now on, and is the only way back to discards once it is over. Takes some microseconds for each
+        region. What others do with memory that they share is not seen.
+
+        :raise StateError: a change of the layout did not end in time.
+        """
+        with Turn(self._lock, TIMEOUT):
+            for index, piece in enumerate(self._users.layout.pieces):
+                piece.looked = False
+                piece.method, piece.reason = self._region_of(piece)._look_again(piece)
+                self.map.set_method(index, piece.method)
+
+    def look_at_refusals(self) -> None:
         """Find out anew, once, what backs the regions that the kernel refused to take from (CONTRACTS 16)."""
-        with self._lock:
-            for index, piece in enumerate(self._pieces):
-                method, refused = self._map.method(index)
+        with Turn(self._lock, TIMEOUT):
+            for index, piece in enumerate(self._users.layout.pieces):
+                method, refused = self.map.method(index)
                 if not refused:
                     continue
                 was, piece.method = piece.method, method
                 piece.reason = f"the kernel refused: {os.strerror(refused)}"
                 if not piece.looked:
                     piece.looked = True
-                    region = next(one for one in self._regions if piece in one.pieces)
-                    method, reason = region._look_again(piece)
+                    method, reason = self._region_of(piece)._look_again(piece)
                     if method != was:  # else it looks as before, and yet was refused
                         piece.method, piece.reason = method, reason
-                self._map.set_method(index, piece.method)
+                self.map.set_method(index, piece.method)
+
+    def _region_of(self, piece: Piece) -> Region:
+        for region in self.regions:
+            if piece in region.pieces:
+                return region
+        raise LookupError(piece)
 
     @property
     def inhibited_by(self) -> tuple[str, ...]:
@@ -366,8 +427,7 @@ class GuestMemory:
         try:
             # Whoever takes a user's lock from now on sees the word. Who has it already is waited for, and
             # that no less if others have inhibited before: they may be waiting as well.
-            for user in self._everyone():
-                user.settle(until - time.monotonic())
+            self._users.barrier(timeout)
             while self._inhibition.discarding:  # Reclaimer.discard() needs no lock, and so is counted
                 if time.monotonic() >= until:
                     raise StateError(f"a discard did not end within {timeout:g} seconds; try again")
@@ -408,54 +468,53 @@ class GuestMemory:
                 if claim.inhibits:
                     self._inhibition.end()
 
-    def _everyone(self) -> tuple[DataPlane, ...]:
-        """Who works on this memory now; whoever comes later looks at the inhibition before a discard."""
-        while True:
-            try:
-                return tuple(self._users)
-            except RuntimeError:  # a device came or went in another thread: look again
-                continue
-
     def _add(self, region: Region, timeout: float | None) -> Region:
-        with self._lock:
-            try:
-                if self._closed:
-                    raise StateError("this guest memory is closed: make another one")
-                for number in (region.guest_address, region.host_address, region.size):
-                    if not hasattr(number, "__index__"):
-                        raise ConfigError(
-                            f"addresses and sizes are whole numbers of bytes, not {number!r}: divide with //"
-                        )
-                if region.guest_address < 0 or region.size == 0:
+        timeout = TIMEOUT if timeout is None else timeout
+        try:
+            for number in (region.guest_address, region.host_address, region.size):
+                if not hasattr(number, "__index__"):
                     raise ConfigError(
-                        f"{region.size} bytes at guest address {region.guest_address} cannot be: "
-                        "a region has a page at least, and lies at a multiple of 4096 from 0 up"
+                        f"addresses and sizes are whole numbers of bytes, not {number!r}: divide with //"
                     )
+            if region.guest_address < 0 or region.size == 0:
+                raise ConfigError(
+                    f"{region.size} bytes at guest address {region.guest_address} cannot be: "
+                    "a region has a page at least, and lies at a multiple of 4096 from 0 up"
+                )
+            self._check_room(region)
+            region._find_pieces()
+            with Turn(self._lock, timeout):
                 self._check_room(region)
-                region._find_pieces()
-                self._swap([*self._regions, region], TIMEOUT if timeout is None else timeout)
-            except BaseException:
+                self._swap([*self.regions, region], timeout)
+        except BaseException:
+            if region not in self.regions:
                 region._release()
-                raise
+            raise
         return region
 
     def _check_room(self, region: Region) -> None:
         """Say where there is room; that there is none would show in the map as well."""
         end = region.guest_address + region.size
-        for other in self._regions:
+        if self._closed:
+            raise StateError("this guest memory is closed: make another one")
+        for other in self.regions:
             other_end = other.guest_address + other.size
             if region.guest_address < other_end and other.guest_address < end:
-                top = max(one.guest_address + one.size for one in self._regions)
+                top = max(one.guest_address + one.size for one in self.regions)
                 raise ConfigError(
                     f"the region at guest address {region.guest_address:#x} overlaps the one from "
                     f"{other.guest_address:#x} to {other_end:#x}: give it a guest_address of {top:#x} "
                     "or above, or remove() that one first"
                 )
 
-    def _swap(self, regions: Sequence[Region], timeout: float) -> None:
-        """Put every device on a new map, or, where one does not become quiet in time, none of them."""
+    def _swap(self, regions: Sequence[Region], timeout: float, closed: bool = False) -> None:
+        """Put every device on a new map, and the layout in force, in one step, or nothing of that.
+
+        Whatever is raised, by a signal handler too, `self.regions` says which of the two layouts is in force.
+        Nobody works any more on regions that are not in it: they may be released.
+        """
         ordered = tuple(sorted(regions, key=lambda region: region.guest_address))
-        pieces = [piece for region in ordered for piece in region.pieces]
+        layout = _Layout(ordered, tuple(piece for region in ordered for piece in region.pieces), closed)
         rows = [
             (
                 one.guest_address,
@@ -472,10 +531,35 @@ class GuestMemory:
         ]
         # It keeps the regions alive for as long as a queue is on it.
         new = GuestMap(rows, ordered, self._inhibition)
-        with Holds(timeout) as held:
-            users = self._everyone()
-            for user in users:
-                held.take(user)
-            for user in users:
-                user.move(new)
-            self._map, self._regions, self._pieces = new, ordered, pieces
+        ending = tuple(region._lease for region in self.regions if region not in ordered)
+        _, told = self._users.swap(new, layout, ending, timeout)
+        for queue in told:
+            queue.plane.worker.poke(queue)
+
+
+def release_all(regions: Iterable[Region]) -> None:
+    """Release regions that are out of use, all of them; the first failure is raised afterwards."""
+    failed: OSError | None = None
+    for region in regions:
+        try:
+            region._release()
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+def measure(regions: Sequence[Region]) -> Residency:
+    """See `GuestMemory.residency`."""
+    found: list[RegionResidency] = []
+    files: dict[tuple[int, int], FileResidency] = {}
+    for region in regions:
+        resident, huge, number = region.resident_bytes(), region.huge_bytes(), None
+        if (fd := region.fd) >= 0:
+            device, inode, size, allocated = region._lease.file_status(fd)
+            key = device, inode
+            mapped = region.size + (files[key].mapped_bytes if key in files else 0)
+            files[key] = FileResidency(*key, size, mapped, allocated)
+            number = list(files).index(key)
+        found.append(RegionResidency(region.guest_address, region.size, resident, number, huge))
+    return Residency(tuple(found), tuple(files.values()))

@@ -483,7 +483,7 @@ class VirtioDevice:
 
     def look_again(self) -> None:
         """The kernel has refused a range: find out anew, once, what backs the memory (CONTRACTS 16)."""
-        self.memory.look_again()
+        self.memory.look_at_refusals()
 
     @property
     def counters(self) -> Counters:

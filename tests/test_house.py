@@ -31,7 +31,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("_drain",),
     ("_plane", "_slots"),
     ("_queue", "_reactor"),
-    ("_runner", "backing"),
+    ("_runner", "_swap", "backing"),
     ("_worker", "memory", "stats", "config", "counters", "hinting"),
     ("virtio", "snapshot"),
     ("device", "line", "registers"),

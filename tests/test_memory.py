@@ -1751,27 +1751,21 @@ def test_an_inhibition_that_takes_too_long_is_undone(memory: GuestMemory, who: s
     del device
 
 
-def test_a_user_that_cannot_be_held_undoes_an_inhibition_and_the_others_are_let_go(
+def test_a_device_that_does_not_become_quiet_undoes_an_inhibition_and_the_others_go_on(
     memory: GuestMemory,
 ) -> None:
-    """As one that is in a hook, from which this was called (CONTRACTS 9)."""
-
-    class User:
-        def __init__(self, fails: bool) -> None:
-            self.fails = fails
-
-        def settle(self, timeout: float) -> None:
-            assert memory.inhibited_by == ("hook",)
-            if self.fails:
-                raise StateError("from inside a hook")
-
-    users = [User(number == 3) for number in range(6)]
-    memory._users.update(users)  # type: ignore[arg-type]
-    with pytest.raises(StateError, match="from inside a hook"):
-        memory.inhibit("hook")
+    devices = [Balloon(memory) for _ in range(6)]
+    stuck = devices[3]._plane
+    stuck.hold()
+    with pytest.raises(StateError, match=r"a drain did not end within 0\.05 seconds"):
+        memory.inhibit("late", timeout=0.05)
     assert (memory.inhibited_by, memory.map.inhibition.count) == ((), 0)
-    users[3].fails = False
-    memory.inhibit("hook").release()
+    for device in devices:
+        if device._plane is not stuck:
+            device._plane.hold(0)
+            device._plane.let_go()
+    stuck.let_go()
+    memory.inhibit("in time").release()
 
 
 def test_nothing_is_discarded_while_any_of_many_threads_inhibits(memory: GuestMemory) -> None:
@@ -1835,20 +1829,22 @@ def test_nothing_is_discarded_while_any_of_many_threads_inhibits(memory: GuestMe
     del device
 
 
-def test_users_that_come_and_go_do_not_disturb_an_inhibition(memory: GuestMemory) -> None:
-    """A set that changes while it is looked at raises RuntimeError."""
-    left = [3]
+def test_devices_that_come_and_go_disturb_neither_an_inhibition_nor_a_swap(memory: GuestMemory) -> None:
+    stop = threading.Event()
 
-    class Restless(weakref.WeakSet[Any]):
-        def __iter__(self) -> Iterator[Any]:
-            if left[0]:
-                left[0] -= 1
-                raise RuntimeError("Set changed size during iteration")
-            return super().__iter__()
+    def come_and_go() -> None:
+        while not stop.is_set():
+            Balloon(memory)
 
-    memory._users = Restless()
-    memory.inhibit("calm").release()
-    assert left == [0]
+    coming = Thread(come_and_go)
+    try:
+        for _ in range(100):
+            memory.inhibit("calm").release()
+            memory.remove(memory.add(mmap.mmap(-1, PAGE), guest_address=256 * MIB))
+    finally:
+        stop.set()
+    coming.result()
+    assert not list(memory._users)  # they are forgotten when they are gone
 
 
 # ---------------------------------------------------------------------------------------- what the host holds

@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -548,6 +549,7 @@ def guest_ram(name: str, folder: Path, request: pytest.FixtureRequest, *, withou
             require("punch", works, f"the file system of {folder} punches no holes")
         memory = stack.enter_context(GuestMemory())
         kwargs: dict[str, Any] = {"guest_address": RAM_AT, "shared_file": backing.shared_file}
+        kwargs["discard_hugetlb"] = backing.huge
         if source.buffer is not None:
             region = memory.add(source.buffer, **kwargs)
         elif source.address:
@@ -1005,7 +1007,7 @@ def test_a_declared_page_is_no_smaller_than_a_huge_page_and_may_be_larger(
 
         def add(page: int) -> Region:
             if kind == "fd":
-                return memory.add_fd(fd, 4 * HUGE, page_bytes=page)
+                return memory.add_fd(fd, 4 * HUGE, page_bytes=page, discard_hugetlb=True)
             return memory.add(mmap.mmap(fd, 4 * HUGE), page_bytes=page)
 
         with pytest.raises(
@@ -1946,16 +1948,67 @@ def test_memory_that_was_locked_later_is_looked_at_once(
         ram.assert_content(set())
 
 
-def test_locked_memory_with_an_fd_is_given_back_all_the_same(
+LATER = ["private anonymous", "shared anonymous", "memfd as a buffer", "memfd as an fd"]
+
+
+@pytest.mark.parametrize("what", ["locked", "watched"])
+@pytest.mark.parametrize("name", LATER)
+def test_memory_that_is_locked_or_watched_later_is_kept_from_then_on(
+    name: str, what: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The kernel itself would refuse only private memory that is locked."""
+    with guest_ram(name, tmp_path, request) as ram:
+        if what == "locked":
+            lock(ram.region.host_address, ram.region.size)
+        else:
+            userfault: Userfault = request.getfixturevalue("userfault")
+            userfault.register(ram.region.host_address, ram.region.size)
+        ram.driver.report([(ram.at(1), PAGE)])
+        why = {
+            "locked": "the memory is locked (mlock)",
+            "watched": "the memory is registered with userfaultfd",
+        }
+        assert (ram.region.method, ram.region.reason) == ("none", why[what])
+        assert ram.device.counters.advised_bytes == 0
+        # Once that is over it is given back again, if somebody says so.
+        if what == "locked":
+            assert libc.munlock(ram.region.host_address, ram.region.size) == 0
+        else:
+            userfault.close()
+        ram.driver.report([(ram.at(1), PAGE)])
+        assert ram.device.counters.advised_bytes == 0
+        ram.memory.look_again()
+        ram.driver.report([(ram.at(1), PAGE)])
+        assert (ram.region.method, ram.device.counters.advised_bytes) == (FREED[name].method, PAGE)
+        ram.assert_content({1})
+
+
+def test_look_again_notices_at_once_what_was_locked_a_moment_ago(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """SEMANTICS 6: a hole is punched through a lock that came later; nothing is refused."""
     with guest_ram("memfd as an fd", tmp_path, request) as ram:
+        ram.driver.report([(ram.at(0), PAGE)])  # the look of this second
         lock(ram.region.host_address, ram.region.size)
+        ram.memory.look_again()
+        assert ram.region.reason == "the memory is locked (mlock)"
         ram.driver.report([(ram.at(1), PAGE)])
-        assert ram.device.counters.failures == 0
-        assert ram.region.method == "punch"
-        assert blocks(ram.file) == (UNITS - 1) * PAGE
+        ram.assert_content({0})
+
+
+def test_a_region_is_looked_at_before_its_first_discard_and_then_once_in_a_second() -> None:
+    looks: list[int] = []
+    ends = time.clock_gettime(time.CLOCK_MONOTONIC) + WAIT
+    table = GuestMap([(0, MIB, HOST, -1, 0, PAGE, "remove"), (MIB, MIB, HOST + GIB, -1, 0, PAGE, "remove")])
+    reclaimer = Reclaimer()
+    with system_calls(madvise=lambda *_: 0, look=lambda address, size: looks.append(address) or 0):
+        while time.clock_gettime(time.CLOCK_MONOTONIC) < ends:
+            looks.clear()
+            second = int(time.clock_gettime(time.CLOCK_MONOTONIC))
+            for _ in range(100):
+                reclaimer.discard(table, [(0, PAGE), (MIB, PAGE)])
+            if second == int(time.clock_gettime(time.CLOCK_MONOTONIC)):
+                break
+    assert looks in ([HOST, HOST + GIB], [])  # the latter: its second had begun in the round before
 
 
 @pytest.mark.parametrize(
@@ -2252,7 +2305,8 @@ def test_while_the_real_kernel_is_at_work_the_used_index_has_not_moved(
 ) -> None:
     """CONTRACTS 14 without any stand-in: each madvise is held by its REMOVE event, and a thread looks."""
     with guest_ram(name, tmp_path, request) as ram, contextlib.ExitStack() as stack:
-        # Registered after it was added: GuestMemory leaves registered memory alone.
+        # Registered after it was added, and not noticed: GuestMemory leaves registered memory alone.
+        stack.enter_context(system_calls(look=lambda address, size: 0))
         userfault.register(ram.region.host_address, ram.region.size)
         stack.callback(userfault.close)  # first of all, whatever happens: nothing may stay held
         queue, index = ram.driver.queues[role], ram.driver.indices[role]
@@ -2299,7 +2353,8 @@ def test_a_hole_that_is_punched_sends_no_event(
     """Why registered memory is left alone, and why the order of fallocate needs a stand-in (CONTRACTS 17)."""
     with guest_ram("memfd as an fd", tmp_path, request) as ram:
         userfault.register(ram.region.host_address, ram.region.size)
-        held = userfault.let_all_go(lambda: ram.driver.report([(ram.at(1), PAGE)]))
+        with system_calls(look=lambda address, size: 0):
+            held = userfault.let_all_go(lambda: ram.driver.report([(ram.at(1), PAGE)]))
         userfault.close()
         assert held == []
         assert ram.device.counters.advised_bytes == PAGE

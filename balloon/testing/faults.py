@@ -28,6 +28,7 @@ _FALLOCATE = ctypes.CFUNCTYPE(
 _PROCESS_MADVISE = ctypes.CFUNCTYPE(
     ctypes.c_ssize_t, ctypes.c_int, ctypes.POINTER(IoVec), ctypes.c_size_t, ctypes.c_int, use_errno=True
 )
+_LOOK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
 _SYS_PROCESS_MADVISE = 440
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -66,16 +67,20 @@ def system_calls(
     madvise: Callable[[int, int, int], int] | None = None,
     fallocate: Callable[[int, int, int, int], int] | None = None,
     process_madvise: Callable[[int, Any, int, int], int] | None = None,
+    look: Callable[[int, int], int] | None = None,
 ) -> Iterator[None]:
     """Put Python functions in the place of the calls that give memory back, in this whole process.
 
     Each gets the arguments of the call and returns what the kernel would; to fail, it calls
-    `ctypes.set_errno` and returns -1. They run under the GIL, in whichever thread drains.
+    `ctypes.set_errno` and returns -1. `look` gets the address and size of a region before a discard, at most
+    once in a second, and returns 1 if it is locked, 2 if it is registered with userfaultfd, else 0. They run
+    under the GIL, in whichever thread drains.
     """
     held = (
         _MADVISE(madvise) if madvise else None,
         _PROCESS_MADVISE(process_madvise) if process_madvise else None,
         _FALLOCATE(fallocate) if fallocate else None,
+        _LOOK(look) if look else None,
     )
     _set_system_calls(*(ctypes.cast(one, ctypes.c_void_p).value or 0 if one else 0 for one in held))
     try:
