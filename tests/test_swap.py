@@ -143,26 +143,28 @@ def test_signals_between_the_lines_lock_nobody_out(
 ) -> None:
     memory, made, _ = devices
     hits = 0
+    armed = False
 
     def interrupt(*_: object) -> None:
-        raise Interrupted
+        if armed:
+            raise Interrupted
 
-    before = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    before = signal.signal(signal.SIGALRM, interrupt)
     try:
         with contextlib.ExitStack() as stack:
             fd = memfd(stack)
             for round_ in range(2000):
                 try:
-                    signal.signal(signal.SIGALRM, interrupt)
+                    armed = True
                     signal.setitimer(signal.ITIMER_REAL, (1 + round_ % 97) * 4e-6)
                     region = add(memory, fd)
                     inhibit(memory, fd)
                     memory.remove(region)  # type: ignore[arg-type]
-                    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+                    armed = False
                 except Interrupted:
                     hits += 1
+                armed = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
-                signal.signal(signal.SIGALRM, signal.SIG_IGN)
                 for claim in memory._claims:
                     claim.release()
                 check_whole(memory, made)
