@@ -12,6 +12,8 @@ cdef enum:  # what has happened that the control plane wants to know; bits
     NEWS_STATS = 4      # the guest's statistics have come
     NEWS_HINTS = 8      # a hinting round began or ended
     NEWS_RELEASE = 16   # ranges wait for the verdict of the before-release hook
+    NEWS_RESUMED = 32   # the ring goes on where its used index stands, and not at the index it was given
+    NEWS_SETTLED = 64   # what was available is served, see `Worker.settle()`
 
 cdef enum:  # where a hinting round is
     HINT_IDLE = 0       # no hints are wanted

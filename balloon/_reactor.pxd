@@ -10,6 +10,7 @@ cdef enum:
     COMMAND_DETACH = 2
     COMMAND_STOP = 3
     COMMAND_POKE = 4
+    COMMAND_SETTLE = 5
 
 ctypedef struct slot_t:         # a queue as its worker sees it
     queue_t *queue
@@ -25,6 +26,7 @@ ctypedef struct slot_t:         # a queue as its worker sees it
     bint call_owed              # a notification came due before there was a call fd
     bint ready
     bint parked
+    bint settling               # tell when a slice leaves nothing to do at once
     bint timed                  # in the list of those that wait for their time
     slot_t *next_timed
     int news                    # NEWS_* for the control plane

@@ -21,7 +21,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from balloon._bell cimport open_bell, ring_bell, send_call
 from balloon._drain cimport SLICE_FAULT, SLICE_MORE, SLICE_WAIT, monotonic_ns, queue_cut, queue_slice
-from balloon._fill cimport NEWS_FAULT, NEWS_REFUSED, RELEASE_NONE, queue_t
+from balloon._fill cimport NEWS_FAULT, NEWS_REFUSED, NEWS_SETTLED, RELEASE_NONE, queue_t
 from balloon._pthread cimport (
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
 )
@@ -172,6 +172,9 @@ cdef void serve_slice(worker_t *w, slot_t *slot) noexcept nogil:
     elif status == SLICE_FAULT and not slot.parked:
         slot.parked = True
         news |= NEWS_FAULT
+    if slot.settling and status != SLICE_MORE:
+        slot.settling = False
+        news |= NEWS_SETTLED
     if slot.queue.reclaimed.failures != slot.failures:
         slot.failures = slot.queue.reclaimed.failures
         news |= NEWS_REFUSED
@@ -208,6 +211,10 @@ cdef void obey(worker_t *w) noexcept nogil:
         if command.kind == COMMAND_STOP:
             w.stopped = True
         elif command.kind != COMMAND_DETACH:  # attached, or to be looked at
+            if command.kind == COMMAND_SETTLE and slot.parked:
+                tell(w, slot, NEWS_SETTLED)
+            elif command.kind == COMMAND_SETTLE:
+                slot.settling = True
             make_ready(w, slot)
         elif pthread_mutex_trylock(slot.lock) != 0:
             return

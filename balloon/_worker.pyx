@@ -13,7 +13,7 @@ from balloon._memory cimport check_process, process_generation
 from balloon._pthread cimport pthread_mutex_destroy
 from balloon._queue cimport DataQueue, _Attachment, name_news
 from balloon._reactor cimport (
-    COMMAND_ATTACH, COMMAND_DETACH, COMMAND_POKE, COMMAND_STOP, command_t, reactor_close,
+    COMMAND_ATTACH, COMMAND_DETACH, COMMAND_POKE, COMMAND_SETTLE, COMMAND_STOP, command_t, reactor_close,
     reactor_collect, reactor_drain, reactor_hear, reactor_open, reactor_post, reactor_run, reactor_watch,
     slot_t, worker_t,
 )
@@ -250,6 +250,20 @@ cdef class Worker:
             if not attachment.token:  # its slot may be gone before a command that comes after the detach
                 self.post(COMMAND_POKE, attachment)
 
+    def settle(self, DataQueue queue not None):
+        """Have everything that is available now served; a "settled" event says when it is.
+
+        It also comes when what is left waits for the reclaim rate or a before-release hook, and when the queue
+        has a fault.
+
+        :raise StateError: the queue is not attached to this worker, or is on its way out.
+        """
+        self.check()
+        cdef _Attachment attachment = self.attachment_of(queue)
+        if attachment.token:
+            raise StateError(f"queue {queue.index} is being detached")
+        self.post(COMMAND_SETTLE, attachment)
+
     def set_call(self, DataQueue queue not None, int call_fd):
         """Send the notifications of an attached queue elsewhere; the old fd may be closed afterwards."""
         self.check()
@@ -349,7 +363,8 @@ cdef class Worker:
 
         A list of tuples: ("detached", queue, token), and (kind, queue, 0) for `Balloon.on_event()`: "fault",
         it has stopped; "refused", the kernel would not take a range; "stats", statistics have come;
-        "hints", a hinting round began or is complete; "release", ranges wait for the before-release hook.
+        "hints", a hinting round began or is complete; "release", ranges wait for the before-release hook;
+        "resumed", the ring goes on where its used index stands; "settled", see `settle()`.
         """
         self.check()
         self.collect()
