@@ -210,6 +210,60 @@ def test_ring_that_no_longer_fits_stops_and_says_so(edge: Any) -> None:
     assert "ring 0 is stopped until its memory is back" in edge.warnings[-1]
 
 
+def serves(edge: Any) -> bool:
+    """Whether a report that is posted now is used."""
+    queue = DriverQueue(GuestRam.of(edge.memory), 64, edge.base + (edge.reporting << 16), indirect=False)
+    ours = edge.device.queue(edge.reporting)
+    queue.next_available = queue.next_used = queue.used_header[1] = ours.next_available
+    queue.post([(edge.base + 0x100000, 0x10000, True)])
+    edge.device.notify(edge.reporting)
+    return len(queue.take_used()) == 1
+
+
+def away_and_back_by_region(edge: Any) -> None:
+    edge.demand(Request.REM_MEM_REG, bytes(8) + edge.region())
+    assert edge.attached == set()
+    edge.demand(Request.ADD_MEM_REG, bytes(8) + edge.region(size=edge.size // 2), (edge.memfd,))
+
+
+def away_and_back_by_table(edge: Any) -> None:
+    edge.demand(Request.SET_MEM_TABLE, edge.table())
+    assert edge.attached == set()
+    edge.demand(Request.SET_MEM_TABLE, edge.table(edge.region()), (edge.memfd,))
+
+
+def away_and_elsewhere(edge: Any) -> None:
+    far = edge.region(guest=1 << 40, user=1 << 44)
+    edge.demand(Request.SET_MEM_TABLE, edge.table(far), (edge.memfd,))
+    assert edge.attached == set()
+    edge.demand(Request.ADD_MEM_REG, bytes(8) + edge.region(size=edge.size // 2), (edge.memfd,))
+
+
+@pytest.mark.parametrize("change", [away_and_back_by_region, away_and_back_by_table, away_and_elsewhere])
+def test_rings_come_back_with_their_memory(edge: Any, change: Any) -> None:
+    edge.start()
+    for _ in range(2):
+        assert serves(edge)
+        change(edge)
+        assert edge.attached == set(edge.rings)
+        assert serves(edge)
+        edge.demand(Request.SET_MEM_TABLE, edge.table(edge.region()), (edge.memfd,))
+    assert edge.device.counters.reported_bytes == 4 * 0x10000
+
+
+def test_only_rings_that_nothing_else_stopped_come_back_with_their_memory(edge: Any) -> None:
+    edge.start()
+    edge.enable(1, False)
+    edge.demand(Request.REM_MEM_REG, bytes(8) + edge.region())
+    edge.enable(0, False)
+    edge.send(Request.GET_VRING_BASE, edge.state(2, 0), flags=1)
+    edge.demand(Request.ADD_MEM_REG, bytes(8) + edge.region(), (edge.memfd,))
+    assert edge.attached == {3}
+    edge.enable(0)
+    edge.enable(1)
+    assert edge.attached == {0, 1, 3}
+
+
 def test_memory_that_cannot_be_mapped_leaves_the_old_in_force(edge: Any) -> None:
     edge.start()
     payload = edge.table(edge.region(size=edge.size + 4096))
