@@ -18,7 +18,8 @@ from libc.string cimport memcpy
 
 from balloon._fill cimport (
     HINT_COMPLETE, HINT_ENDING, NEWS_HINTS, NEWS_RELEASE, NEWS_RESUMED, NEWS_STATS, RELEASE_ASKED,
-    RELEASE_DECIDED, RELEASE_NONE, count_fault, device_t, fill_deflate, fill_inflate, fill_report, queue_t, stats_t,
+    RELEASE_DECIDED, RELEASE_NONE, count_fault, device_t, fill_deflate, fill_inflate, fill_report, queue_t,
+    stats_t,
 )
 from balloon._hints cimport fill_hints
 from balloon._parts cimport parts_forget, parts_whole

@@ -253,8 +253,8 @@ cdef class Worker:
     def settle(self, DataQueue queue not None):
         """Have everything that is available now served; a "settled" event says when it is.
 
-        It also comes when what is left waits for the reclaim rate or a before-release hook, and when the queue
-        has a fault.
+        It also comes when what is left waits for the reclaim rate or a before-release hook, and when the
+        queue has a fault.
 
         :raise StateError: the queue is not attached to this worker, or is on its way out.
         """

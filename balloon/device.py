@@ -117,7 +117,7 @@ class Balloon(VirtioDevice):
         self._actual_pages = self._config[Config.ACTUAL] = 0
         self._stats.reset(forget=True)
 
-    def start_queue(self, index: int, **where: int) -> None:
+    def start_queue(self, index: int, **where: Any) -> None:
         """Put queue `index` to work, see `VirtioDevice.start_queue`."""
         super().start_queue(index, **where)
         if self.role(index) is Role.STATS:

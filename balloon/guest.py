@@ -192,7 +192,9 @@ class Guest:
             async with asyncio.timeout(timeout):
                 await self._wait_for_life()
         except TimeoutError:
-            raise TimeoutError(f"guest {self.number}: no driver answered within {timeout:g} seconds") from None
+            raise TimeoutError(
+                f"guest {self.number}: no driver answered within {timeout:g} seconds"
+            ) from None
         started, effect = self.device.start_hinting(
             use, hold=hold, unsafe_reclaim=unsafe_reclaim, dirty_check=dirty_check
         )

@@ -1,8 +1,8 @@
 """What the state machine asks of the edge. Pure data.
 
 Actions are carried out in order. An fd in an action passes to the edge, which closes it when it is replaced
-or when the connection ends. `Quiesce`, `Rest`, `MapTable`, `MapRegion` and `UnmapRegion` have a token and come last:
-the state machine goes on at `Backend.resume(token)`.
+or when the connection ends. `Quiesce`, `Rest`, `MapTable`, `MapRegion` and `UnmapRegion` have a token and
+come last: the state machine goes on at `Backend.resume(token)`.
 """
 
 from __future__ import annotations

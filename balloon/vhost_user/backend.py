@@ -149,7 +149,7 @@ class Backend:
         return [NotifyConfig()] if self.resting and self.config_deliverable else []
 
     def alive(self) -> list[Action]:
-        """Take a kick of a ring that rests: its driver is there. In the middle of a message it counts after it."""
+        """Take a kick of a ring that rests: its driver is there. A message under way is finished before."""
         self._alive = True
         return self._settle() if self._task is None else []
 

@@ -28,8 +28,8 @@ SEED = f"yes {LINE} | head -c 1048576 >/mnt/s; head -c 131072 /mnt/s >/mnt/t"
 RESERVE = "dd if=/dev/zero of=/mnt/reserve bs=1M count=8 2>/dev/null"
 """What a command needs to run at all when memory is full."""
 INTERVAL = 0.02
-LEFT = 3 * MIB
-"""What is left of the guest's memory: with more, its rings' pages are the last that are not used."""
+LEFT = 4 * MIB
+"""What is left of the guest's memory at last: with more, its rings' pages are the last that are not used."""
 ROOM = "mount -o remount,size=100% /mnt; echo 512 >/proc/sys/vm/min_free_kbytes"
 
 
@@ -71,14 +71,11 @@ def ring_pages(server: Served) -> list[int]:
     return sorted({address & ~4095 for ring in parts for address in ring})
 
 
-def fill(guest: UmlGuest) -> int:
-    """Fill the guest's memory with a file, at last in small steps; return its size."""
-    filled = 0
-    for name, size, left in (("s", MIB, 4 * LEFT), ("t", MIB // 8, LEFT)):
-        copies = (guest.meminfo()["MemFree"] - left) // size
-        guest.run(f"cd /mnt; cat {f'{name} ' * copies} >>fill; cd /")
-        filled += copies * size
-    return filled
+def fill(guest: UmlGuest, name: str, size: int, left: int) -> int:
+    """Add to a file until so much memory is left; return by how much."""
+    copies = max(0, (guest.meminfo()["MemFree"] - left) // size)
+    guest.run(f"cd /mnt; cat {f'{name} ' * copies} >>fill; cd /")
+    return copies * size
 
 
 def come_and_go(guest: UmlGuest, server: Served, rounds: int) -> None:
@@ -95,16 +92,19 @@ def come_and_go(guest: UmlGuest, server: Served, rounds: int) -> None:
         server.set_target(0)
         wait_until(lambda: server.device.actual_bytes == 0, lambda: "the target is not reached")
         wait_for_stats(server)  # an empty balloon is not a farewell yet
-        poll(server, None)  # so that the buffer is held, and is asked with when the ring's pages are in the files
+        poll(
+            server, None
+        )  # so that the buffer is held, and is asked with when the ring's pages are in the files
         pages = ring_pages(server)
+        guest.run(RESERVE)
+        filled = fill(guest, "s", MIB, 3 * LEFT)
         guest.run("rmmod virtio_balloon")
         assert server.session.backend.resting
-        guest.run(RESERVE)
-        filled = fill(guest)
-        in_file = [page for page in pages if ctypes.string_at(page, 4096) == PAGE]
-        covered += len(in_file)
+        filled += fill(guest, "t", MIB // 8, LEFT)
+        held = [ctypes.string_at(page, len(PAGE)) for page in pages]
+        covered += held.count(PAGE)
         want_everything(server)
-        assert all(ctypes.string_at(page, 4096) == PAGE for page in in_file)
+        assert held == [ctypes.string_at(page, len(PAGE)) for page in pages], f"round {number}"
         checksum = guest.run("rm /mnt/reserve; md5sum </mnt/fill; rm /mnt/fill", timeout=120).split()[0]
         wanted = hashlib.md5(PAGE * (filled // len(PAGE)), usedforsecurity=False).hexdigest()
         assert checksum == wanted, f"round {number}: the guest's file has changed"

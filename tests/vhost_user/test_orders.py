@@ -128,7 +128,10 @@ def test_a_ring_that_was_stopped_starts_only_when_all_is_there(
         stop(edge)
         if left_out == "KICK" and stop is by_enable:  # a ring that is only disabled keeps its fds
             continue
-        if left_out == "ENABLE" and stop in (by_base, by_features):  # and one that is only stopped stays enabled
+        if left_out == "ENABLE" and stop in (
+            by_base,
+            by_features,
+        ):  # and one that is only stopped stays enabled
             continue
         for message in order:
             if message != left_out:

@@ -254,7 +254,9 @@ def test_pitfall_14_a_stale_copy_of_the_configuration_brings_no_balloon_back(
     edge.demand(request_id, payload)
     edge.demand(Request.SET_CONFIG, edge.config(0, 16, 0, whole_config(65536, 7)))
     assert edge.device.actual_bytes == 0
-    assert edge.send(Request.GET_CONFIG, edge.config(0, 16), flags=1) == edge.config(0, 16) + whole_config(0, 7)
+    assert edge.send(Request.GET_CONFIG, edge.config(0, 16), flags=1) == edge.config(0, 16) + whole_config(
+        0, 7
+    )
     # The field alone is a driver's own word, another number is news, and so is what a migration brings.
     edge.demand(Request.SET_CONFIG, edge.config(4, 4, 0, struct.pack("<I", 65536)))
     assert edge.device.actual_bytes == 65536 << 12
