@@ -40,6 +40,8 @@ SLOW_SECONDS: Final = 10.0
 """After how long a ring that does not become quiet is worth a line in the log."""
 SETTLE_SECONDS: Final = 1.0
 """For how long rings whose driver may leave are served before what is left of their requests is cut short."""
+KICK_PAUSE_SECONDS: Final = 0.05
+"""How long kicks are not looked at after one that could not start its ring."""
 WARNINGS_MAX: Final = 20
 """Lines in the log for one front-end in a minute: neither it nor its guest may fill the host's log."""
 
@@ -332,11 +334,14 @@ class Session(Guest):
     async def _rest(self, indices: Iterable[int]) -> None:
         """Serve what is there, let go of these rings, and look out for kicks that come after this call."""
         loop = asyncio.get_running_loop()
-        if self._kicks is None:
-            self._kicks = KickWatch()
-            loop.add_reader(self._kicks.fileno(), self._on_kick)
-        for index in indices:
-            self._kicks.add(self._rings[index].kick)
+        try:
+            if self._kicks is None:
+                self._kicks = KickWatch()
+                self._look_out()
+            for index in indices:
+                self._kicks.add(self._rings[index].kick)
+        except OSError as error:  # the configuration space and messages of the rings still tell
+            self._warn(f"kicks of rings that rest are not seen: {error.strerror}")
         waits = []
         for index in indices:
             if index in self._attached:
@@ -346,14 +351,23 @@ class Session(Guest):
             await asyncio.wait(waits, timeout=SETTLE_SECONDS)
         await self._detach(indices)
 
+    def _look_out(self) -> None:
+        if self._kicks is not None:
+            asyncio.get_running_loop().add_reader(self._kicks.fileno(), self._on_kick)
+
     def _on_kick(self) -> None:
-        if self._kicks is not None and self._kicks.take():
-            try:
-                self._perform(self.backend.alive(), [])
-            except PeerError as error:
-                self._warn(str(error))
-                self.hang_up()
-            self._look_at_life()
+        if self._kicks is None or not self._kicks.take():
+            return
+        try:
+            self._perform(self.backend.alive(), [])
+        except PeerError as error:
+            self._warn(str(error))
+            self.hang_up()
+        self._look_at_life()
+        if self.backend.resting:  # its memory is gone: who kicks without end must not keep the loop busy
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._kicks.fileno())
+            loop.call_later(KICK_PAUSE_SECONDS, self._look_out)
 
     def _unwatch(self, index: int) -> None:
         if self._kicks is not None:
@@ -406,13 +420,14 @@ class Session(Guest):
         asyncio.get_running_loop().remove_writer(self._socket.fileno())
         self._socket.close()
         self._inbox.close()
+        if self._kicks is not None:
+            asyncio.get_running_loop().remove_reader(self._kicks.fileno())
+            self._kicks.close()
+            self._kicks = None
         self._awake.set()
         await self._detach(tuple(self._attached))
         for ring in self._rings:
             sockets.close_fds([fd for fd in (ring.kick, ring.call, ring.err) if fd >= 0])
-        if self._kicks is not None:
-            asyncio.get_running_loop().remove_reader(self._kicks.fileno())
-            self._kicks.close()
         self._close_channel()
         self.backend.close()
         about = self.describe()
