@@ -372,19 +372,19 @@ class Backend:
 
     def _set_vring_num(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
         state = wire.VringState.parse(payload)
-        self._rings[state.index]
+        ring = self._rings[state.index]
         if not 0 < state.num <= spec.QUEUE_SIZE_MAX or state.num & (state.num - 1):
             raise PeerError(f"a size of {state.num} is not a power of two up to {spec.QUEUE_SIZE_MAX}")
-        ring = yield from self._rings.change(state.index, Request.SET_VRING_NUM)
+        yield from self._rings.change(state.index, Request.SET_VRING_NUM, moves=state.num != ring.size)
         ring.size = state.num
         yield from self._rings.start(state.index)
 
     def _set_vring_base(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
         state = wire.VringState.parse(payload)
-        self._rings[state.index]
+        ring = self._rings[state.index]
         if state.num > 0xFFFF:
             raise PeerError(f"a base of {state.num} has more than 16 bits")
-        ring = yield from self._rings.change(state.index, Request.SET_VRING_BASE)
+        yield from self._rings.change(state.index, Request.SET_VRING_BASE, moves=True)
         if ring.asked_base not in (None, state.num):  # nobody goes on here: it is another driver's ring
             self._note_actual()
             self._device.forget_driver()
@@ -396,9 +396,10 @@ class Backend:
         ring = self._rings[address.index]
         if address.flags:
             raise PeerError(f"flags {address.flags:#x}: a dirty log was not offered")
-        if ring.running and address == ring.address:
+        same = address == ring.address
+        if ring.running and same and Request.SET_VRING_ADDR in ring.told:
             return
-        ring = yield from self._rings.change(address.index, Request.SET_VRING_ADDR)
+        yield from self._rings.change(address.index, Request.SET_VRING_ADDR, moves=not same)
         ring.address = address
         yield from self._rings.start(address.index)
 

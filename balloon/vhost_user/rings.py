@@ -9,8 +9,8 @@ run is not touched: its queue of the device is stopped. A ring is
 * stopped for good, by GET_VRING_BASE, a reset or the features of another driver: it needs a new set-up, in
   full, in whatever order that comes.
 
-A size and addresses belong together: while only one of them is new, the ring does not run. The base may come
-late or never; then the ring goes on where its used index stands.
+A size and addresses belong together: where one of them changes, the ring does not run before both have come.
+The base may come late or never; then the ring goes on where its used index stands.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class Ring:
     """It ran, and its memory went away."""
     told: set[Request] = field(default_factory=set)
     """Which of NUM, BASE and ADDR came since the ring was disabled or stopped."""
+    moved: bool = False
+    """One of NUM and ADDR was another one than before."""
     used: bool = False
     """It ran, since it was last stopped for good."""
     asked_base: int | None = None
@@ -65,8 +67,13 @@ class Ring:
     @property
     def complete(self) -> bool:
         """Whether the ring can run: everything is there, and of one set-up."""
-        placed = bool(self.size and self.address) and len(self.told & PLACE) != 1
+        placed = bool(self.size and self.address) and (not self.moved or self.told >= PLACE)
         return placed and self.kick and self.enabled
+
+    def begin(self) -> None:
+        """What comes from now on is another set-up."""
+        self.told.clear()
+        self.moved = False
 
 
 class Rings:
@@ -110,8 +117,8 @@ class Rings:
         """Whether a ring ran whose base was not asked for: nobody can go on with it."""
         return any(ring.used for ring in self._rings)
 
-    def change(self, index: int, what: Request) -> Generator[Action, str | None, Ring]:
-        """Return a ring that does not run, to tell it a size, a base or addresses.
+    def change(self, index: int, what: Request, *, moves: bool) -> Steps:
+        """Have a ring told its size, base or addresses; it does not run any more if it `moves` with that.
 
         What was not told of this set-up may come after the ring has started: it is stopped for it.
 
@@ -121,10 +128,11 @@ class Rings:
         if ring.running and what in ring.told:
             raise PeerError(f"ring {index} is running")
         if ring.resting or ring.homeless:
-            ring.told.clear()
-        yield from self.stop((index,))
+            ring.begin()
+        if moves or not ring.running:
+            yield from self.stop((index,))
         ring.told.add(what)
-        return ring
+        ring.moved = ring.moved or (moves and what in PLACE)
 
     def start(self, index: int) -> Iterator[Action]:
         """Start a ring if all that it takes is there.
@@ -202,14 +210,14 @@ class Rings:
         ring = self[index]
         ring.enabled = False
         yield from self.stop((index,))
-        ring.told.clear()
+        ring.begin()
 
     def forget(self, index: int) -> Steps:
         """Stop a ring for good: only a new set-up starts it."""
         ring = self[index]
         yield from self.stop((index,))
         ring.size, ring.address, ring.base_known, ring.used = 0, None, False, False
-        ring.told.clear()
+        ring.begin()
         if ring.kick:
             ring.kick = False
             yield SetKick(index, None)

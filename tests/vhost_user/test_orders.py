@@ -99,19 +99,22 @@ def orders(edge_class: Any) -> Iterator[Callable[[bool], Any]]:
 
 
 @pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize(("where", "size"), [(SECOND, 32), (SECOND, 64), (0, 32), (0, 64)])
 def test_every_order_of_messages_starts_a_ring_in_both_lives(
-    orders: Callable[[bool], Any], stop: Callable[[Any], None]
+    orders: Callable[[bool], Any], stop: Callable[[Any], None], where: int, size: int
 ) -> None:
-    for order in ORDERS:
+    for order in ORDERS[:: 1 if (where, size) == (SECOND, 32) else 11]:
         edge = orders(stop is by_features)
         for message in order:
             say(edge, message, 0, 64)
         works(edge, 0, 64)
         stop(edge)
         assert edge.attached == set()
-        for message in order:  # elsewhere, and smaller
-            say(edge, message, SECOND, 32)
-        works(edge, SECOND, 32)
+        if not where:
+            GuestRam.of(edge.memory).view(edge.base, 1 << 16)[:] = 0  # a new driver's ring is empty
+        for message in order:
+            say(edge, message, where, size)
+        works(edge, where, size)
         assert not any(edge.device.counters.faults.values())
 
 
@@ -169,6 +172,20 @@ def test_a_disabled_ring_never_runs_on_half_of_a_new_set_up(orders: Callable[[bo
         assert edge.attached == set()
         say(edge, second, SECOND, 32)
         works(edge, SECOND, 32)
+
+
+def test_the_same_place_told_again_does_not_disturb_a_ring(orders: Callable[[bool], Any]) -> None:
+    edge = orders(False)
+    for message in MESSAGES:
+        say(edge, message, 0, 64)
+    by_enable(edge)
+    say(edge, "ENABLE", 0, 64)
+    edge.log.clear()
+    for message in ("ADDR", "ADDR", "NUM"):
+        say(edge, message, 0, 64)
+        assert edge.attached == {INFLATE}
+    assert {type(action).__name__ for action in edge.log} == {"Reply"}
+    works(edge, 0, 64)
 
 
 def test_a_ring_that_runs_as_it_was_told_cannot_be_told_otherwise(orders: Callable[[bool], Any]) -> None:
