@@ -19,8 +19,9 @@ from libc.stdlib cimport calloc
 from libc.string cimport memcpy
 
 from balloon._fill cimport (
-    HINT_COMPLETE, HINT_ENDING, NEWS_HINTS, NEWS_RELEASE, NEWS_STATS, RELEASE_ASKED, RELEASE_DECIDED,
-    RELEASE_NONE, count_fault, device_t, fill_deflate, fill_inflate, fill_report, queue_t, stats_t,
+    HINT_COMPLETE, HINT_ENDING, NEWS_HINTS, NEWS_RELEASE, NEWS_RESUMED, NEWS_STATS, RELEASE_ASKED,
+    RELEASE_DECIDED, RELEASE_NONE, count_fault, device_t, fill_deflate, fill_inflate, fill_report, queue_t,
+    stats_t,
 )
 from balloon._hints cimport fill_hints
 from balloon._parts cimport parts_forget, parts_whole
@@ -336,6 +337,9 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
         popped += 1
         if popped >= most or reclaim_full(r):
             break
+    if q.ring.resumed:
+        q.ring.resumed = False
+        q.news |= NEWS_RESUMED
     if r.count and not late and hooked(q):
         late = overdue(q, hook_limit(q))
         if not late and ask_hook(q, r):

@@ -12,7 +12,9 @@ cdef enum:  # what has happened that the control plane wants to know; bits
     NEWS_STATS = 4      # the guest's statistics have come
     NEWS_HINTS = 8      # a hinting round began or ended
     NEWS_RELEASE = 16   # ranges wait for the verdict of the before-release hook
+    NEWS_RESUMED = 32   # the ring goes on where its used index stands, and not at the index it was given
     NEWS_SLOW = 64      # the worker's thread was stuck in it and was given up
+    NEWS_SETTLED = 128  # what was available is served, see `Worker.settle()`
 
 cdef enum:  # where a hinting round is
     HINT_IDLE = 0       # no hints are wanted

@@ -13,8 +13,8 @@ from libc.string cimport memset
 from balloon._bell cimport StatusWord, is_socket
 from balloon._drain cimport SLICE_MORE, monotonic_ns, queue_cut, queue_decide, queue_slice
 from balloon._fill cimport (
-    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_SLOW, NEWS_STATS, RELEASE_ASKED, RELEASE_NONE,
-    queue_t, span_t, stats_t,
+    NEWS_FAULT, NEWS_HINTS, NEWS_REFUSED, NEWS_RELEASE, NEWS_RESUMED, NEWS_SETTLED, NEWS_SLOW, NEWS_STATS,
+    RELEASE_ASKED, RELEASE_NONE, queue_t, span_t, stats_t,
 )
 from balloon._kernel cimport kernel_vectored
 from balloon._memory cimport GuestMap, check_process
@@ -45,7 +45,7 @@ _idle = []  # reclaimers of `serve()`: as many as threads were in it at once, an
 OUTCOMES = ("idle", "more", "fault", "wait")  # SLICE_*
 NEWS = (
     (NEWS_REFUSED, "refused"), (NEWS_FAULT, "fault"), (NEWS_STATS, "stats"), (NEWS_HINTS, "hints"),
-    (NEWS_RELEASE, "release"), (NEWS_SLOW, "slow"),
+    (NEWS_RELEASE, "release"), (NEWS_RESUMED, "resumed"), (NEWS_SLOW, "slow"), (NEWS_SETTLED, "settled"),
 )
 """What there may be to tell of a queue, in the order in which it is told."""
 

@@ -27,14 +27,14 @@ from balloon._bell cimport ring_bell
 from balloon._drain cimport (
     SLICE_FAULT, SLICE_IDLE, SLICE_MORE, SLICE_WAIT, monotonic_ns, queue_cut, queue_slice,
 )
-from balloon._fill cimport NEWS_FAULT, NEWS_REFUSED, RELEASE_NONE, queue_t
+from balloon._fill cimport NEWS_FAULT, NEWS_REFUSED, NEWS_SETTLED, RELEASE_NONE, queue_t
 from balloon._pthread cimport (
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock,
 )
 from balloon._reclaim cimport reclaim_clear, reclaim_t
 from balloon._ring cimport split_t
 from balloon._slots cimport (
-    CALL_NONE, COMMAND_BACK, COMMAND_CALL, COMMAND_DETACH, COMMAND_STOP, WATCH_ASLEEP, WATCH_AWAKE, call,
+    CALL_NONE, COMMAND_BACK, COMMAND_CALL, COMMAND_DETACH, COMMAND_SETTLE, COMMAND_STOP, WATCH_ASLEEP, WATCH_AWAKE, call,
     command_t, forget_ready, forget_timed, longer, mail_command, mail_done, mail_news, make_ready, ripen,
     runner_t, slot_t, unblock, wait_for_time, worker_t,
 )
@@ -212,6 +212,9 @@ cdef void settle(worker_t *w, slot_t *slot, int status, int news, uint64_t due, 
     elif status == SLICE_FAULT and not slot.parked:
         slot.parked = True
         news |= NEWS_FAULT
+    if slot.settling and status != SLICE_MORE:
+        slot.settling = False
+        news |= NEWS_SETTLED
     if news:
         mail_news(w, slot, news)
 
@@ -319,6 +322,10 @@ cdef bint obey(worker_t *w) noexcept nogil:
             if not send_owed(w, slot):
                 return False  # when it is carried out again, nothing is owed
         elif command.kind != COMMAND_DETACH:  # attached, or to be looked at
+            if command.kind == COMMAND_SETTLE and slot.parked:
+                mail_news(w, slot, NEWS_SETTLED)
+            elif command.kind == COMMAND_SETTLE:
+                slot.settling = True
             make_ready(w, slot)
         elif pthread_mutex_trylock(slot.lock) != 0:
             held = True

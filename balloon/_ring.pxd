@@ -38,6 +38,9 @@ ctypedef struct split_t:
     bint swapped             # big-endian: a legacy guest
     bint silenced            # we have set USED_F_NO_NOTIFY
     bint fresh               # nothing of the used ring was looked at yet
+    bint resume              # go on where the used index stands if that is near, and
+    bint anywhere            # in any case: the index to go on at is not known
+    bint resumed             # that was another index than the one given, which was not told yet
     bint touched             # something was written to the used ring that is not published yet
 
 cdef uint64_t copy_in(const map_t *map, uint64_t address, void *copy, uint64_t size) noexcept nogil

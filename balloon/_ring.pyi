@@ -16,6 +16,8 @@ class SplitRing:
         indirect: bool = False,
         next_available: int = 0,
         big_endian: bool = False,
+        resume: bool = False,
+        anywhere: bool = False,
     ) -> Self: ...
     @property
     def size(self) -> int: ...

@@ -120,11 +120,17 @@ cdef inline void copy_descriptor(desc_t *copy, uint64_t address, uint64_t rest) 
 cdef void begin_ring(split_t *ring) noexcept nogil:
     """The ring may have been served before, and left in the middle of work.
 
-    Go on where its used index stands, and take back a wish for silence. Not when the ring is made: this may
-    meet SIGBUS.
+    Go on where its used index stands, and take back a wish for silence. With `resume` that index counts for
+    the available ring too: what lies between was popped and never used, by whoever served the ring before,
+    and every request of a balloon may be served twice. Not when the ring is made: this may meet SIGBUS.
     """
+    cdef uint16_t ahead
     ring.fresh = False
     ring.next_used = in_order_u16(ring, load_acquire_u16(ring.used + 2))
+    ahead = ring.next_available - ring.next_used
+    if ring.resume and ahead and (ring.anywhere or ahead <= ring.size or <uint16_t>-ahead <= ring.size):
+        ring.next_available = ring.next_used
+        ring.resumed = not ring.anywhere
     store_once_u16(ring.used, 0)
 
 
@@ -240,6 +246,7 @@ cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil:
     cdef const char *entry
     if ring.fresh:
         begin_ring(ring)
+        pending = <uint16_t>(available_index(ring) - ring.next_available)
     if pending == 0:
         return 0
     if pending > ring.size:
@@ -326,6 +333,9 @@ cdef guest_error(int fault, queue=None):
 cdef class SplitRing:
     """One split virtqueue, by the guest addresses of its three parts; `big_endian` is for legacy guests.
 
+    With `resume` it goes on at its used index where that is at most its size away from `next_available`,
+    with `anywhere` in any case.
+
     :raise ConfigError: the size is not a power of two between 1 and 32768.
     :raise RingError: the ring does not lie in guest memory, or is misaligned.
 
@@ -334,7 +344,8 @@ cdef class SplitRing:
 
     def __cinit__(self, GuestMap memory not None, *, int size, uint64_t descriptor_address,
                   uint64_t available_address, uint64_t used_address, bint event_idx=False,
-                  bint indirect=False, uint16_t next_available=0, bint big_endian=False):
+                  bint indirect=False, uint16_t next_available=0, bint big_endian=False,
+                  bint resume=False, bint anywhere=False):
         if size < 1 or size > QUEUE_SIZE_MAX or size & (size - 1):
             raise ConfigError(f"a queue size of {size} is not a power of two up to {QUEUE_SIZE_MAX}")
         self.ring.size = <uint16_t>size
@@ -342,6 +353,8 @@ cdef class SplitRing:
         self.ring.event_idx = event_idx
         self.ring.indirect = indirect
         self.ring.swapped = big_endian
+        self.ring.resume = resume or anywhere
+        self.ring.anywhere = anywhere
         self.ring.next_available = next_available
         self.addresses[0] = descriptor_address
         self.addresses[1] = available_address

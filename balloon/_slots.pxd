@@ -10,6 +10,7 @@ cdef enum:
     COMMAND_DETACH = 2
     COMMAND_STOP = 3
     COMMAND_POKE = 4
+    COMMAND_SETTLE = 5          # say when what is available is served
     COMMAND_CALL = 6            # there is a call fd: send what was owed
     COMMAND_BACK = 7            # a thread that was given up has ended its slice: native, `slot_t.back`
 
@@ -36,6 +37,7 @@ ctypedef struct slot_t:         # a queue as its worker sees it
     int *status                 # atomic: where the driver looks what an interrupt is about, or NULL
     bint ready
     bint parked
+    bint settling               # tell when a slice leaves nothing to do at once
     bint timed                  # in the list of those that wait for their time
     bint lent                   # a thread that was given up is in a slice of it: nobody else touches it
     bint again                  # and it is to be looked at when it comes back

@@ -16,7 +16,7 @@ from balloon._fill cimport RELEASE_NONE
 from balloon._memory cimport LEASE_ENDING, LEASE_IN_FORCE, LEASE_OVER, GuestMap, Lease, check_process
 from balloon._parts cimport PartsTable
 from balloon._plane cimport DataPlane
-from balloon._pthread cimport pthread_mutex_t, pthread_mutex_unlock, timespec
+from balloon._pthread cimport pthread_mutex_t, pthread_mutex_unlock
 from balloon._queue cimport DataQueue
 from balloon._ring cimport split_place, split_t
 from balloon._spec cimport FAULT_RING_ADDRESS
@@ -26,15 +26,10 @@ import weakref
 from balloon._plane import check_outside_hook
 from balloon.errors import StateError
 
-cdef extern from "<pthread.h>" nogil:
-    int pthread_mutex_clocklock(pthread_mutex_t *mutex, int clock, const timespec *until)
-
-cdef extern from "<time.h>" nogil:
-    int CLOCK_MONOTONIC
-
 cdef extern from "_atomics.h" nogil:
     int flag_load(const int *p)
     void flag_add(int *p, int v)
+    int mutex_lock_until(pthread_mutex_t *mutex, uint64_t monotonic_ns)
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int microseconds)
@@ -49,13 +44,10 @@ cdef uint64_t deadline(double timeout) noexcept:
 
 cdef bint take_until(DataPlane plane, uint64_t until_ns) noexcept:
     """Keep every drain of a device out; false if one did not end in time. Waits without the GIL."""
-    cdef timespec until
     cdef int status
-    until.tv_sec = <long>(until_ns / 1000000000)
-    until.tv_nsec = <long>(until_ns % 1000000000)
     flag_add(&plane.waiting, 1)
     with nogil:
-        status = pthread_mutex_clocklock(&plane.lock, CLOCK_MONOTONIC, &until)
+        status = mutex_lock_until(&plane.lock, until_ns)
     flag_add(&plane.waiting, -1)
     return status == 0
 

@@ -16,7 +16,8 @@ from balloon._queue cimport DataQueue, _Attachment, name_news, open_call
 from balloon._reactor cimport reactor_drain, reactor_watch
 from balloon._runner cimport runner_free, runner_make, worker_close, worker_open, worker_start
 from balloon._slots cimport (
-    CALL_NONE, COMMAND_ATTACH, COMMAND_CALL, COMMAND_DETACH, COMMAND_POKE, COMMAND_STOP, command_t,
+    CALL_NONE, COMMAND_ATTACH, COMMAND_CALL, COMMAND_DETACH, COMMAND_POKE, COMMAND_SETTLE, COMMAND_STOP,
+    command_t,
     mail_collect, mail_command, mail_hear, runner_t, slot_set_call, slot_t, worker_t,
 )
 
@@ -331,6 +332,22 @@ cdef class Worker:
             if not attachment.token:  # its slot may be gone before a command that comes after the detach
                 self.post(COMMAND_POKE, attachment)
 
+    def settle(self, DataQueue queue not None):
+        """Have everything that is available now served; a "settled" event says when it is.
+
+        It also comes when what is left waits for the reclaim rate or a before-release hook, and when the
+        queue has a fault.
+
+        :raise StateError: the queue is not attached to this worker, or is on its way out.
+        """
+        cdef _Attachment attachment
+        self.check()
+        with _side:
+            attachment = self.attachment_of(queue)
+            if attachment.token:
+                raise StateError(f"queue {queue.index} is being detached")
+            self.post(COMMAND_SETTLE, attachment)
+
     def set_call(self, DataQueue queue not None, int call_fd):
         """Send the notifications of an attached queue elsewhere; never waits.
 
@@ -466,7 +483,8 @@ cdef class Worker:
         A list of tuples: ("detached", queue, token), and (kind, queue, 0) for `Balloon.on_event()`: "fault",
         it has stopped; "refused", the kernel would not take a range; "stats", statistics have come;
         "hints", a hinting round began or is complete; "release", ranges wait for the before-release hook;
-        "slow", a thread was stuck in the queue and was given up, once each time.
+        "slow", a thread was stuck in the queue and was given up, once each time; "resumed", the ring goes on
+        where its used index stands; "settled", see `settle()`.
         """
         self.check()
         self.collect()

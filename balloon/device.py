@@ -108,7 +108,16 @@ class Balloon(VirtioDevice):
         self._set_hooks()
         return effect
 
-    def start_queue(self, index: int, **where: int) -> None:
+    def forget_driver(self) -> None:
+        """Another driver has come without a reset: forget what the one before it said of its balloon.
+
+        That is `actual_bytes` and `stats`; a hinting round has ended with its ring. What a driver says before
+        its queues start stays: features, status and poison value.
+        """
+        self._actual_pages = self._config[Config.ACTUAL] = 0
+        self._stats.reset(forget=True)
+
+    def start_queue(self, index: int, **where: Any) -> None:
         """Put queue `index` to work, see `VirtioDevice.start_queue`."""
         super().start_queue(index, **where)
         if self.role(index) is Role.STATS:

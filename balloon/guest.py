@@ -60,6 +60,12 @@ class Guest:
         """Hand an event to whoever wants to know."""
         raise NotImplementedError
 
+    def _ask_for_life(self) -> None:
+        """Rings may be left alone because their driver may be gone: have a driver that is there say so."""
+
+    async def _wait_for_life(self) -> None:
+        """Wait until the driver is known to be there."""
+
     # What a subclass calls.
 
     def _on_news(self, kind: str, queue: DataQueue) -> None:
@@ -104,6 +110,7 @@ class Guest:
         request, _ = self.device.request_stats(loop.time(), timeout, serve=False)
         wait: asyncio.Future[Stats] = loop.create_future()
         self._stats_waits[request.token] = wait
+        self._ask_for_life()
         try:
             async with asyncio.timeout_at(request.deadline):
                 return await wait
@@ -181,6 +188,13 @@ class Guest:
             raise ConfigError(f"a timeout of {timeout} seconds is not finite and above 0")
         if not self._can_tell:
             raise StateError("the front-end has no channel, so that its driver cannot be told")
+        try:
+            async with asyncio.timeout(timeout):
+                await self._wait_for_life()
+        except TimeoutError:
+            raise TimeoutError(
+                f"guest {self.number}: no driver answered within {timeout:g} seconds"
+            ) from None
         started, effect = self.device.start_hinting(
             use, hold=hold, unsafe_reclaim=unsafe_reclaim, dirty_check=dirty_check
         )

@@ -25,6 +25,7 @@ from balloon._worker import Worker
 from balloon.device import Balloon, Effect
 from balloon.errors import BalloonError, ConfigError, PeerError, StateError
 from balloon.guest import Guest, is_rare
+from balloon.kicks import KickWatch
 from balloon.memory import GuestMemory
 from balloon.vhost_user import actions as do
 from balloon.vhost_user.backend import Backend
@@ -37,6 +38,10 @@ __all__ = ["WARNINGS_MAX", "Event", "Host", "Session"]
 
 SLOW_SECONDS: Final = 10.0
 """After how long a ring that does not become quiet is worth a line in the log."""
+SETTLE_SECONDS: Final = 1.0
+"""For how long rings whose driver may leave are served before what is left of their requests is cut short."""
+KICK_PAUSE_SECONDS: Final = 0.05
+"""How long kicks are not looked at after one that could not start its ring."""
 WARNINGS_MAX: Final = 20
 """Lines in the log for one front-end in a minute: neither it nor its guest may fill the host's log."""
 
@@ -83,6 +88,10 @@ class Session(Guest):
         self._rings = [_RingFds() for _ in range(spec.QUEUE_COUNT)]
         self._attached: dict[int, DataQueue] = {}
         self._detaching: dict[int, asyncio.Future[None]] = {}
+        self._settling: dict[DataQueue, asyncio.Future[None]] = {}
+        self._kicks: KickWatch | None = None
+        self._awake = asyncio.Event()
+        self._resumed = False
         self._waiting: asyncio.Future[None] | None = None
         self._watched = False
         self._started = False
@@ -169,6 +178,7 @@ class Session(Guest):
             self._waiting.set_result(None)
 
     async def _handle(self, message: Message, fds: list[int]) -> None:
+        rested = self.backend.resting
         try:
             actions = self.backend.receive(message, fds)
             while (waiting := self._perform(actions, fds)) is not None:
@@ -180,7 +190,10 @@ class Session(Guest):
         finally:
             sockets.close_fds(fds)
         self._look_at_hinting()
-        running = bool(self.backend.running)
+        if not rested and self._stats_waits:
+            self._ask_for_life()
+        self._look_at_life()
+        running = bool(self.backend.running) or self.backend.resting
         if running and not self._started:
             self._report("started", features=self.device.driver_features)
         self._started = running
@@ -192,6 +205,7 @@ class Session(Guest):
                 case do.Reply(data):
                     self._send(data)
                 case do.SetKick(index, fd):
+                    self._unwatch(index)
                     self._rings[index].kick = _replace(self._rings[index].kick, fd, fds)
                 case do.SetErr(index, fd):
                     self._rings[index].err = _replace(self._rings[index].err, fd, fds)
@@ -212,7 +226,7 @@ class Session(Guest):
                         self._watch(self._channel.socket, self._channel)
                 case do.Warn(text):
                     self._warn(text)
-                case do.Quiesce() | do.MapTable() | do.MapRegion() | do.UnmapRegion():
+                case do.Quiesce() | do.Rest() | do.MapTable() | do.MapRegion() | do.UnmapRegion():
                     return action
         return None
 
@@ -222,6 +236,8 @@ class Session(Guest):
             match action:
                 case do.Quiesce(_, indices):
                     await self._detach(indices)
+                case do.Rest(_, indices):
+                    await self._rest(indices)
                 case do.MapTable(_, regions):
                     self.memory.replace(regions)
                 case do.MapRegion(_, region):
@@ -277,6 +293,7 @@ class Session(Guest):
             self._worker.attach(queue, ring.kick, ring.call)
         except (BalloonError, OSError) as error:
             raise PeerError(f"ring {index} cannot be served: {error}") from error
+        self._unwatch(index)
         self._attached[index] = queue
         self._server.owners[queue] = self
 
@@ -312,8 +329,74 @@ class Session(Guest):
                 self._warn(f"a ring is not quiet after {SLOW_SECONDS:g} s")
                 await asyncio.wait(late)
 
+    # Rings whose driver may be gone.
+
+    async def _rest(self, indices: Iterable[int]) -> None:
+        """Serve what is there, let go of these rings, and look out for kicks that come after this call."""
+        loop = asyncio.get_running_loop()
+        try:
+            if self._kicks is None:
+                self._kicks = KickWatch()
+                self._look_out()
+            for index in indices:
+                self._kicks.add(self._rings[index].kick)
+        except OSError as error:  # the configuration space and messages of the rings still tell
+            self._warn(f"kicks of rings that rest are not seen: {error.strerror}")
+        waits = []
+        for index in indices:
+            if index in self._attached:
+                waits.append(self._settling.setdefault(self._attached[index], loop.create_future()))
+                self._worker.settle(self._attached[index])
+        if waits:
+            await asyncio.wait(waits, timeout=SETTLE_SECONDS)
+        await self._detach(indices)
+
+    def _look_out(self) -> None:
+        if self._kicks is not None:
+            asyncio.get_running_loop().add_reader(self._kicks.fileno(), self._on_kick)
+
+    def _on_kick(self) -> None:
+        if self._kicks is None or not self._kicks.take():
+            return
+        try:
+            self._perform(self.backend.alive(), [])
+        except PeerError as error:
+            self._warn(str(error))
+            self.hang_up()
+        self._look_at_life()
+        if self.backend.resting:  # its memory is gone: who kicks without end must not keep the loop busy
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._kicks.fileno())
+            loop.call_later(KICK_PAUSE_SECONDS, self._look_out)
+
+    def _unwatch(self, index: int) -> None:
+        if self._kicks is not None:
+            self._kicks.discard(self._rings[index].kick)
+
+    def _ask_for_life(self) -> None:
+        self._perform(self.backend.ask_for_life(), [])
+
+    def _look_at_life(self) -> None:
+        if not self.backend.resting:
+            self._awake.set()
+
+    async def _wait_for_life(self) -> None:
+        if self.backend.resting:
+            self._awake.clear()
+            self._ask_for_life()
+            await self._awake.wait()
+            self._check_open()
+
+    def _settled(self, queue: DataQueue) -> None:
+        wait = self._settling.pop(queue, None)
+        if wait is not None and not wait.done():
+            wait.set_result(None)
+
+    # What the worker tells.
+
     def on_detached(self, queue: DataQueue, token: int) -> None:
         """The worker has let go of a queue."""
+        self._settled(queue)
         del self._attached[queue.index]
         self._detaching.pop(token).set_result(None)
 
@@ -321,6 +404,14 @@ class Session(Guest):
         """The worker tells of a queue that is attached: see `Worker.take_events()`."""
         if kind == "fault":
             self._perform(self.backend.fault(queue.index), [])
+        elif kind == "settled":
+            self._settled(queue)
+        elif kind == "resumed" and not self._resumed:
+            self._resumed = True
+            self._warn(
+                f"ring {queue.index} goes on where its used index stands, and not at the base that was set: "
+                "requests that were taken and not answered are served again"
+            )
         self._on_news(kind, queue)
 
     async def _close(self, reason: str) -> None:
@@ -329,6 +420,11 @@ class Session(Guest):
         asyncio.get_running_loop().remove_writer(self._socket.fileno())
         self._socket.close()
         self._inbox.close()
+        if self._kicks is not None:
+            asyncio.get_running_loop().remove_reader(self._kicks.fileno())
+            self._kicks.close()
+            self._kicks = None
+        self._awake.set()
         await self._detach(tuple(self._attached))
         for ring in self._rings:
             sockets.close_fds([fd for fd in (ring.kick, ring.call, ring.err) if fd >= 0])

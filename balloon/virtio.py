@@ -24,7 +24,6 @@ from balloon.spec import (
     NOTIFY_SLICES,
     PAGE_BYTES,
     PAGE_SHIFT,
-    REPORTING_CAPACITY,
     ROLE_FEATURE,
     Config,
     Fault,
@@ -301,11 +300,16 @@ class VirtioDevice:
         available_address: int,
         used_address: int,
         next_available: int = 0,
+        resume: bool = False,
+        anywhere: bool = False,
     ) -> None:
         """Put queue `index` to work: its ring has `size` entries and lies at these guest addresses.
 
-        :raise ConfigError: no such queue with these features, or a size that cannot be. A reporting queue
-            has at least 32 entries, as the Linux driver demands.
+        It goes on at `next_available`. With `resume` the ring's used index counts instead where it is at most
+        `size` away, and with `anywhere` in any case: for a transport that is told another index, or none.
+
+        :raise ConfigError: no such queue with these features, or a size that is not a power of two from 1 to
+            32768.
         :raise RingError: the ring does not lie in guest memory, or is misaligned.
         :raise StateError: it runs already.
         """
@@ -317,10 +321,6 @@ class VirtioDevice:
             )
         if index in self._plane.queues:
             raise StateError(f"queue {index} is running: stop it first")
-        if role is Role.REPORTING and size < REPORTING_CAPACITY:
-            raise ConfigError(
-                f"queue {index} is for reporting and has {size} entries: Linux needs {REPORTING_CAPACITY}"
-            )
         if not self.memory.regions:
             raise ConfigError(
                 "the guest memory has no region yet: GuestMemory.add() comes before start_queue()"
@@ -336,6 +336,8 @@ class VirtioDevice:
                 indirect=bool(self._accepted & Feature.INDIRECT_DESC),
                 next_available=next_available,
                 big_endian=self.legacy and self.guest_byteorder == "big",
+                resume=resume,
+                anywhere=anywhere,
             )
             DataQueue(self._plane, ring, index=index, role=role, owed=index in self._owed)
         self._owed.discard(index)

@@ -327,9 +327,9 @@ def test_pitfall_10_questions_are_answered_while_a_discard_runs(running: Running
             ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
             front_end.kick(reporting(front_end))
             assert held.entered.wait(10)
-            front_end.ask_u64(Request.GET_FEATURES)
+            front_end.ask_u64(Request.GET_PROTOCOL_FEATURES)
             assert front_end.read_config_like_uml(0) == 0
-            front_end.write_config_like_uml(4, 0)
+            front_end.write_config_like_uml(4, 1)
             front_end.demand(Request.SET_VRING_CALL, struct.pack("=Q", 1), [front_end.rings[1].kick_fd])
             assert ring.take_used() == []  # all the time
             held.leave.set()

@@ -143,8 +143,11 @@ def blocks(front_end: FrontEnd, *numbers: int) -> list[tuple[int, int]]:
 
 def start_again(front_end: FrontEnd, index: int, base: int) -> None:
     """Start a ring that GET_VRING_BASE has stopped, where it was."""
+    ring = front_end.rings[index]
+    front_end.demand(Request.SET_VRING_NUM, front_end.state(index, ring.size))
     front_end.demand(Request.SET_VRING_BASE, front_end.state(index, base))
-    front_end.demand(Request.SET_VRING_KICK, struct.pack("=Q", index), [front_end.rings[index].kick_fd])
+    front_end.demand(Request.SET_VRING_ADDR, front_end.ring_address(ring))
+    front_end.demand(Request.SET_VRING_KICK, struct.pack("=Q", index), [ring.kick_fd])
 
 
 def stop_ring(front_end: FrontEnd, index: int) -> int:

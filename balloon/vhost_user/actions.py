@@ -1,8 +1,8 @@
 """What the state machine asks of the edge. Pure data.
 
 Actions are carried out in order. An fd in an action passes to the edge, which closes it when it is replaced
-or when the connection ends. `Quiesce`, `MapTable`, `MapRegion` and `UnmapRegion` have a token and come last:
-the state machine goes on at `Backend.resume(token)`.
+or when the connection ends. `Quiesce`, `Rest`, `MapTable`, `MapRegion` and `UnmapRegion` have a token and
+come last: the state machine goes on at `Backend.resume(token)`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = [
     "NotifyConfig",
     "Quiesce",
     "Reply",
+    "Rest",
     "SetCall",
     "SetChannel",
     "SetErr",
@@ -104,6 +105,18 @@ class Quiesce:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """Have what is available in these queues served, detach them, then resume.
+
+    From now on a kick of one of them is a sign of life of their driver, see `Backend.alive()`. A kick that
+    was there before this is none.
+    """
+
+    token: int
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class MapTable:
     """Make these regions the guest's whole memory, then resume, with an error if the old ones stayed."""
 
@@ -127,7 +140,7 @@ class UnmapRegion:
     guest_address: int
 
 
-Waiting: TypeAlias = Quiesce | MapTable | MapRegion | UnmapRegion
+Waiting: TypeAlias = Quiesce | Rest | MapTable | MapRegion | UnmapRegion
 """The actions that have a token."""
 
 Action: TypeAlias = (

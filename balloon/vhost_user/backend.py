@@ -6,8 +6,9 @@ The rules that it keeps:
 * What stops, disables, resets or remaps is answered after the rings concerned are quiet (CONTRACTS 3). All
   other requests are answered at once: a User-mode Linux guest stands still until we answer.
 * `F_PROTOCOL_FEATURES` in the last SET_FEATURES says whether rings wait for SET_VRING_ENABLE. User-mode Linux
-  drops it when its driver's validate() clears a feature, and then neither enables nor disables rings: the
-  next SET_FEATURES is then all that says that the old driver is gone, and its rings' memory with it.
+  drops it when its driver's validate() clears a feature, and then neither enables nor disables rings. Its
+  driver's farewell is then all that says that the rings' memory may be gone: from that on they rest, until
+  there is a sign of life, or SET_FEATURES begins a new set-up.
 * What the protocol forbids raises `PeerError`. What is well formed but cannot be done is answered with 1 if
   the front-end asked for an answer, and raises `PeerError` if it did not: it must not go on in the belief
   that all is well.
@@ -26,7 +27,7 @@ from balloon import spec
 from balloon.device import Balloon, Effect
 from balloon.errors import GuestError, PeerError, StateError
 from balloon.memory import FdRegion
-from balloon.spec import Status
+from balloon.spec import PAGE_SHIFT, Config, Status
 from balloon.vhost_user import messages as wire
 from balloon.vhost_user.actions import (
     Action,
@@ -80,6 +81,8 @@ class Backend:
         self._config_changed = False
         self._task: Steps | None = None
         self._token = 0
+        self._alive = False
+        self._stale_actual = (0, 0)
 
     @property
     def busy(self) -> bool:
@@ -90,6 +93,11 @@ class Backend:
     def running(self) -> tuple[int, ...]:
         """Indices of the rings that are attached, or will be once the last actions were carried out."""
         return self._rings.running
+
+    @property
+    def resting(self) -> bool:
+        """Whether rings are left alone because their driver may be gone: see `alive` and `ask_for_life`."""
+        return bool(self._rings.resting)
 
     @property
     def config_deliverable(self) -> bool:
@@ -132,7 +140,18 @@ class Backend:
     def apply(self, effect: Effect) -> list[Action]:
         """Return what has to be done about an effect that the device gave to somebody else."""
         self._on_effect(effect)
+        if self._config_changed and self.resting:  # to whoever is there; told again when the rings run again
+            return self.ask_for_life()
         return self._tell_config()
+
+    def ask_for_life(self) -> list[Action]:
+        """Return what makes a driver that is there read the configuration space, if rings rest."""
+        return [NotifyConfig()] if self.resting and self.config_deliverable else []
+
+    def alive(self) -> list[Action]:
+        """Take a kick of a ring that rests: its driver is there. A message under way is finished before."""
+        self._alive = True
+        return self._settle() if self._task is None else []
 
     def fault(self, index: int) -> list[Action]:
         """Take the news that a ring is corrupt: its worker has parked it, and does not touch it again."""
@@ -169,7 +188,15 @@ class Backend:
         except BaseException:
             self._task = None
             raise
-        return [*actions, *self._tell_config()]
+        return [*actions, *self._settle()]
+
+    def _settle(self) -> list[Action]:
+        """What is left to do when no message is under way."""
+        revived: list[Action] = []
+        if self._alive:
+            self._alive = False
+            revived = list(self._rings.revive(ALL))
+        return [*revived, *self._tell_config()]
 
     def _serve(self, message: Message, fds: tuple[int, ...]) -> Steps:
         rule = RULES.get(message.request)
@@ -219,6 +246,8 @@ class Backend:
         return not self._features & wire.F_PROTOCOL_FEATURES
 
     def _get_features(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
+        if self._starts_enabled:  # User-mode Linux asks once more before it frees its rings
+            yield from self._rest()
         features = self._device.device_features | wire.F_PROTOCOL_FEATURES
         yield Reply(wire.reply_u64(Request.GET_FEATURES, features))
 
@@ -229,9 +258,11 @@ class Backend:
                 raise PeerError("other features while rings are enabled and running")
             return
         self._features = features
-        yield from self._rings.stop_all(enabled=self._starts_enabled)
-        if self._device.status & Status.NEEDS_RESET:  # a driver that begins anew has reset the device
-            self._on_effect(self._device.reset())
+        abandoned = self._rings.abandoned
+        yield from self._rings.forget_all(enabled=self._starts_enabled, unused=False)
+        # A driver that begins anew has reset the device, whether or not there is a message for it.
+        if abandoned or self._device.status & Status.NEEDS_RESET:
+            self._reset_device()
         try:
             self._device.set_driver_features(features & ~wire.F_PROTOCOL_FEATURES)
         except GuestError as error:
@@ -266,9 +297,24 @@ class Backend:
             yield from self._reset(payload, fds)
 
     def _reset(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
-        yield from self._rings.stop_all(enabled=self._starts_enabled)
+        yield from self._rings.forget_all(enabled=self._starts_enabled, unused=True)
         self._rings.forget_bases()
+        self._reset_device()
+
+    def _reset_device(self) -> None:
+        self._note_actual()
         self._on_effect(self._device.reset())
+
+    def _note_actual(self) -> None:
+        """Remember what the driver said last of its balloon, before that is forgotten."""
+        if self._device.actual_bytes:
+            self._stale_actual = self._device.actual_bytes, self._device.counters.inflated_bytes
+
+    def _rest(self) -> Steps:
+        """The driver may be gone from now on, and the front-end has no way to say so."""
+        yield from self._rings.rest()
+        if self._config_changed:
+            yield from self.ask_for_life()
 
     def _set_channel(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
         self._channel = True
@@ -283,11 +329,16 @@ class Backend:
 
         :raise Refused: it could not be done; memory is as it was.
         """
-        stopped = yield from self._rings.stop(ALL)
+        stopped: tuple[int, ...] = ()
+        if self._starts_enabled:
+            yield from self._rings.rest()
+        else:
+            stopped = yield from self._rings.stop(self.running)
         error = yield make(next(self._tokens))
         if error is None:
             self._rings.regions = regions
         yield from self._rings.restart(stopped)
+        yield from self.ask_for_life()
         if error is not None:
             raise Refused(error)
 
@@ -321,46 +372,52 @@ class Backend:
 
     def _set_vring_num(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
         state = wire.VringState.parse(payload)
-        ring = self._rings.idle(state.index)
+        ring = self._rings[state.index]
         if not 0 < state.num <= spec.QUEUE_SIZE_MAX or state.num & (state.num - 1):
             raise PeerError(f"a size of {state.num} is not a power of two up to {spec.QUEUE_SIZE_MAX}")
+        yield from self._rings.change(state.index, Request.SET_VRING_NUM, moves=state.num != ring.size)
         ring.size = state.num
         yield from self._rings.start(state.index)
 
     def _set_vring_base(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
         state = wire.VringState.parse(payload)
-        ring = self._rings.idle(state.index)
+        ring = self._rings[state.index]
         if state.num > 0xFFFF:
             raise PeerError(f"a base of {state.num} has more than 16 bits")
-        ring.base = state.num
-        yield from ()
+        yield from self._rings.change(state.index, Request.SET_VRING_BASE, moves=True)
+        if ring.asked_base not in (None, state.num):  # nobody goes on here: it is another driver's ring
+            self._note_actual()
+            self._device.forget_driver()
+        ring.base, ring.base_known, ring.asked_base = state.num, True, None
+        yield from self._rings.start(state.index)
 
     def _set_vring_addr(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
         address = wire.VringAddress.parse(payload)
         ring = self._rings[address.index]
         if address.flags:
             raise PeerError(f"flags {address.flags:#x}: a dirty log was not offered")
-        if ring.running and address != ring.address:
-            raise PeerError(f"ring {address.index} is running elsewhere")
+        same = address == ring.address
+        if ring.running and same and Request.SET_VRING_ADDR in ring.told:
+            return
+        yield from self._rings.change(address.index, Request.SET_VRING_ADDR, moves=not same)
         ring.address = address
         yield from self._rings.start(address.index)
 
     def _get_vring_base(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
         index = wire.VringState.parse(payload).index
-        ring = self._rings[index]
-        yield from self._rings.stop((index,))
-        yield from self._rings.forget_kick(index)
-        yield Reply(wire.reply(Request.GET_VRING_BASE, wire.VringState(index, ring.base).pack()))
+        self._rings[index]
+        base = yield from self._rings.ask_base(index)
+        yield Reply(wire.reply(Request.GET_VRING_BASE, wire.VringState(index, base).pack()))
 
     def _set_vring_enable(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
         state = wire.VringState.parse(payload)
         if state.num > 1:
             raise PeerError(f"a ring is enabled with 1 and disabled with 0, not with {state.num}")
-        self._rings[state.index].enabled = bool(state.num)
         if state.num:
+            self._rings[state.index].enabled = True
             yield from self._rings.start(state.index)
         else:
-            yield from self._rings.stop((state.index,))
+            yield from self._rings.disable(state.index)
 
     def _vring_fd(self, payload: bytes, fds: tuple[int, ...]) -> tuple[int, int | None]:
         index, with_fd = wire.parse_vring_fd(payload)
@@ -379,10 +436,14 @@ class Backend:
         yield from self._rings.start(index)
 
     def _set_vring_call(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
-        yield SetCall(*self._vring_fd(payload, fds))
+        index, fd = self._vring_fd(payload, fds)
+        yield SetCall(index, fd)
+        yield from self._rings.revive((index,))
 
     def _set_vring_err(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
-        yield SetErr(*self._vring_fd(payload, fds))
+        index, fd = self._vring_fd(payload, fds)
+        yield SetErr(index, fd)
+        yield from self._rings.revive((index,))
 
     # Configuration space.
 
@@ -392,6 +453,7 @@ class Backend:
         if window.size and window.offset + window.size <= wire.CONFIG_BYTES_MAX:
             data = self._device.read_config(window.offset, window.size)
             answer = wire.ConfigSpace(window.offset, window.size, window.flags, data).pack()
+        yield from self._rings.revive(ALL)  # only a driver that is there reads it
         yield Reply(wire.reply(Request.GET_CONFIG, answer))
 
     def _set_config(self, payload: bytes, fds: tuple[int, ...]) -> Steps:
@@ -404,8 +466,26 @@ class Backend:
             )
         if window.flags > 1:
             raise PeerError(f"flags {window.flags:#x} are neither a driver's write (0) nor a migration (1)")
-        self._on_effect(self._device.write_config(window.offset, window.payload))
-        yield from ()
+        self._on_effect(self._device.write_config(window.offset, self._without_stale_actual(window)))
+        whole_actual = window.offset <= Config.ACTUAL and window.offset + window.size >= Config.ACTUAL + 4
+        if self._starts_enabled and whole_actual and not self._device.actual_bytes:
+            yield from self._rest()  # a driver empties its balloon and says so, and then resets the device
+
+    def _without_stale_actual(self, window: wire.ConfigSpace) -> bytes:
+        """Return a write without an `actual` that is the last driver's.
+
+        QEMU sends its whole copy of the configuration space with each write of the guest's, and nothing
+        renews that copy when the driver resets the device.
+        """
+        start = Config.ACTUAL - window.offset
+        is_copy = window.offset < Config.ACTUAL and window.offset + window.size > Config.ACTUAL + 4
+        if window.flags or not is_copy:
+            return window.payload
+        written = int.from_bytes(window.payload[start : start + 4], "little") << PAGE_SHIFT
+        if not written or (written, self._device.counters.inflated_bytes) != self._stale_actual:
+            return window.payload
+        now = (self._device.actual_bytes >> PAGE_SHIFT).to_bytes(4, "little")
+        return window.payload[:start] + now + window.payload[start + 4 :]
 
 
 def file_region(region: MemoryRegion, fd: int) -> FdRegion:

@@ -50,10 +50,11 @@ FLAG_NEED_REPLY: Final = 8
 HEADER_BYTES: Final = 12
 PAYLOAD_MAX: Final = 4096
 """Cap of ours on one payload; the longest that this device needs is a table of 32 regions, 1032 bytes."""
-REGIONS_MAX: Final = 32
-"""Memory regions of one front-end, and the answer to GET_MAX_MEM_SLOTS."""
-FDS_MAX: Final = REGIONS_MAX
-"""Fds that one message may carry."""
+REGIONS_MAX: Final = 509
+"""Memory regions of one front-end, and the answer to GET_MAX_MEM_SLOTS: what KVM and other back-ends have."""
+FDS_MAX: Final = 32
+"""Fds that one message may carry, and so regions of one SET_MEM_TABLE: no front-end sends more (QEMU sends 8,
+rust-vmm's 32). What is more comes by ADD_MEM_REG, one by one."""
 CONFIG_BYTES_MAX: Final = 256
 """End of the configuration space (QEMU, VHOST_USER_MAX_CONFIG_SIZE)."""
 
@@ -337,8 +338,8 @@ def parse_memory_table(payload: bytes) -> tuple[MemoryRegion, ...]:
     if len(payload) < TABLE_HEADER_BYTES:
         raise PeerError(f"a memory table of {len(payload)} bytes, it has at least {TABLE_HEADER_BYTES}")
     count, _ = _TABLE.unpack_from(payload)
-    if count > REGIONS_MAX:
-        raise PeerError(f"a memory table of {count} regions, we take {REGIONS_MAX}")
+    if count > FDS_MAX:
+        raise PeerError(f"a memory table of {count} regions (at most {FDS_MAX}). Add more by ADD_MEM_REG")
     if len(payload) < TABLE_HEADER_BYTES + count * REGION_BYTES:
         raise PeerError(f"a memory table of {len(payload)} bytes is too short for {count} regions")
     return tuple(

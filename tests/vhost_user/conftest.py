@@ -21,6 +21,7 @@ from balloon.vhost_user.actions import (
     NotifyConfig,
     Quiesce,
     Reply,
+    Rest,
     SetCall,
     SetChannel,
     SetErr,
@@ -105,7 +106,7 @@ class Edge:
                         self.config_changes += 1
                     case Warn(text):
                         self.warnings.append(text)
-                    case Quiesce(token, indices):
+                    case Quiesce(token, indices) | Rest(token, indices):
                         assert self.backend.busy
                         self.attached -= set(indices)
                         following = self.backend.resume(token)

@@ -85,8 +85,15 @@ def test_reset_stops_all_rings_and_forgets_what_was_negotiated(edge: Any, reques
     edge.demand(Request.SET_FEATURES, edge.u64(edge.number(Request.GET_FEATURES)))
     for index in edge.rings:
         assert edge.kick(index) == OK
-        assert edge.attached == set(range(index))  # disabled by the reset
         assert edge.enable(index) == OK
+        assert edge.attached == set(range(index))  # where its driver had it is forgotten too
+        edge.set_up(index)
+        assert edge.attached == set(range(index + 1))
+    edge.demand(request_id, payload)
+    for index in edge.rings:
+        edge.set_up(index)
+        assert edge.kick(index) == OK
+    assert edge.attached == set()  # disabled by the reset
 
 
 def test_reset_owner_is_ignored(edge: Any) -> None:

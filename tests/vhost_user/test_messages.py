@@ -131,7 +131,7 @@ def test_memory_table_shorter_than_its_regions_is_refused() -> None:
 def test_memory_table_has_a_limit() -> None:
     rows = b"".join(region(guest=number << 20) for number in range(33))
     assert len(wire.parse_memory_table(table(32, rows))) == 32
-    with pytest.raises(PeerError, match="33 regions, we take 32"):
+    with pytest.raises(PeerError, match=r"33 regions \(at most 32\). Add more by ADD_MEM_REG"):
         wire.parse_memory_table(table(33, rows))
     with pytest.raises(PeerError, match="4294967295 regions"):
         wire.parse_memory_table(table(0xFFFF_FFFF, rows))
