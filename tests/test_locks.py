@@ -107,11 +107,16 @@ def test_a_handler_that_raises_ends_a_wait(name: str, ticking: None) -> None:
 
 def test_holds_let_go_whatever_ends_the_block() -> None:
     planes = [DataPlane() for _ in range(3)]
-    with pytest.raises(ZeroDivisionError), Holds() as held:
-        for plane in planes:
-            held.take(plane)
-        assert not any(is_free(plane) for plane in planes)
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with Holds() as held:
+            for plane in planes:
+                held.take(plane)
+            assert not any(is_free(plane) for plane in planes)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert all(is_free(plane) for plane in planes)
     with Holds(0.01) as held:
         held.take(planes[0])
