@@ -171,7 +171,7 @@ def test_a_step_of_the_wall_clock_changes_no_time_out(tmp_path: Path) -> None:
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "LD_PRELOAD": f"{library} {os.environ.get('LD_PRELOAD', '')}".strip()},
+        env={**os.environ, "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {library}".strip()},
         capture_output=True,
         text=True,
         timeout=2 * PATIENCE,
