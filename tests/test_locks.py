@@ -142,16 +142,16 @@ def test_a_step_of_the_wall_clock_changes_no_time_out(tmp_path: Path) -> None:
     source, library = tmp_path / "clock.c", tmp_path / "clock.so"
     source.write_text("""
         #define _GNU_SOURCE
-        #include <dlfcn.h>
+        #include <sys/syscall.h>
         #include <time.h>
+        #include <unistd.h>
         int clock_gettime(clockid_t clock, struct timespec *now) {
-            int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
-            int got = real(clock, now);
+            int got = syscall(SYS_clock_gettime, clock, now);
             if (clock == CLOCK_REALTIME) now->tv_sec += 30;
             return got;
         }
     """)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
     code = """
         import threading, time
         from balloon._plane import DataPlane, Holds
