@@ -249,6 +249,8 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
         if q.stats.held:
             q.stats.held = False
             split_push(q.ring, q.stats.head)
+        else:
+            q.notify = True  # the driver has it, and perhaps was not told
     if q.device.rate and discards(q) and (q.in_chain or split_pending(q.ring)) and not has_credit(q):
         return SLICE_WAIT
     while True:
