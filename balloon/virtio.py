@@ -49,7 +49,7 @@ TARGET_END: Final = 1 << 32
 """Pages that no target comes to: the field has 32 bits."""
 
 FLOOR_BYTES: Final = 64 << 20
-"""A Linux that is left less than this, or than a sixteenth of its RAM, hardly lives; a small one needs half."""
+"""A Linux left less than this, or less than a sixteenth of its RAM, hardly lives; a small one needs half."""
 
 _log = logging.getLogger(__name__)
 
