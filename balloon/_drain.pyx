@@ -314,6 +314,8 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
         if q.stats.held:
             q.stats.held = False
             split_push(q.ring, q.stats.head)
+        else:
+            q.notify = True  # the driver has it, and perhaps was not told
     if q.since_ns and (q.device.rate or not hooked(q)) and overdue(q, wait_ns):
         late = True  # whether there is credit or not: what is old may be the guest's again
         most = split_left(q.ring, q.since_index) + <uint32_t>q.in_chain

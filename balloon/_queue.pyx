@@ -232,7 +232,10 @@ cdef class DataQueue:
         return bool(notify), OUTCOMES[status], _FAULTS[fault], name_news(news)
 
     def ask(self):
-        """Have the held statistics buffer used; a worker is told, else the next `serve()` does it."""
+        """Have the held statistics buffer used, or the driver notified again that has it still.
+
+        A worker is told, else the next `serve()` does it.
+        """
         self.check_running()
         if self.queue.stats != NULL:
             flag_store(&self.queue.stats.ask, 1)

@@ -51,13 +51,21 @@ class ConfigSpace:
         """Go on after a generation that a driver may have seen: the next one is another."""
         self._generation, self._changed = generation, True
 
+    def state(self) -> tuple[bytes, int, bool]:
+        """All that changes, for `put_back()`."""
+        return bytes(self._bytes), self._generation, self._changed
+
+    def put_back(self, state: tuple[bytes, int, bool]) -> None:
+        """Be again what `state()` saw."""
+        self._bytes[:], self._generation, self._changed = state
+
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`; zeros where the space has ended.
 
         :raise ConfigError: one of them is negative.
         """
         if offset < 0 or size < 0:
-            raise ConfigError(f"{size} bytes at offset {offset} of the configuration space cannot be")
+            raise ConfigError(f"invalid read: {size} bytes at offset {offset} (neither is negative)")
         return bytes(self._bytes[: self.size][offset : offset + size]).ljust(size, b"\0")
 
     def write(self, offset: int, data: bytes) -> list[Config]:

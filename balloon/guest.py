@@ -141,12 +141,11 @@ class Guest:
     async def _poll(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         due = loop.time()
-        with contextlib.suppress(StateError):  # the front-end went away
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    await self.request_stats(seconds)
-                due = max(due + seconds, loop.time())
-                await asyncio.sleep(due - loop.time())
+        while not self._closed:  # whatever becomes of one request, the next one is made
+            with contextlib.suppress(TimeoutError, StateError):
+                await self.request_stats(seconds)
+            due = max(due + seconds, loop.time())
+            await asyncio.sleep(due - loop.time())
 
     def _stats_came(self) -> None:
         stats = self.device.stats
@@ -254,5 +253,5 @@ def check_interval(seconds: float | None) -> float | None:
     :raise ConfigError: it is negative or not finite.
     """
     if seconds is not None and not 0 <= seconds < math.inf:
-        raise ConfigError(f"an interval of {seconds} seconds cannot be")
+        raise ConfigError(f"invalid interval: {seconds} seconds (0 or above, and finite). Give 0 for none")
     return seconds or None

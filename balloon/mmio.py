@@ -43,8 +43,8 @@ class VirtioMmio(Transport):
     The window offers RING_RESET in addition to what the device offers. A queue that is stopped by QueueReady
     and not reset goes on where it was when it is ready again.
 
-    :raise ConfigError: `queue_size`, the largest that a driver may choose, is no power of two from 32 on; or
-        something is not what its name says.
+    :raise ConfigError: `queue_size`, the largest that a driver may choose, is not a power of two from 1 to
+        32768; or something is not what its name says.
     :raise StateError: the worker is closed.
     :raise OSError: `interrupt` is an fd that is not open, or there are no fds left.
     """
@@ -128,7 +128,7 @@ class VirtioMmio(Transport):
         self._serve(kicked)
 
     def _write(self, offset: int, size: int, value: int) -> None:
-        if self._resetting:  # all that is written now is of a driver that did not wait for the reset
+        if self._resetting and (offset != Reg.STATUS or value):  # of a driver that did not wait for the reset
             self.refused["order"] += 1
         elif offset >= Reg.CONFIG:
             if not 0 < size <= 8:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from balloon.errors import ConfigError
 from balloon.snapshot import check_fields, check_flag, check_list, check_number
-from balloon.spec import QUEUE_COUNT, QUEUE_SIZE_MAX, REPORTING_CAPACITY
+from balloon.spec import QUEUE_COUNT, QUEUE_SIZE_MAX
 
 __all__ = ["FEATURE_WORDS", "Registers", "Ring", "check_queue_size"]
 
@@ -21,12 +21,11 @@ FEATURE_WORDS: Final = 4
 def check_queue_size(size: int) -> None:
     """Refuse what cannot be the largest queue that a driver may choose.
 
-    :raise ConfigError: it is no power of two, or no reports fit in.
+    :raise ConfigError: it is not a power of two from 1 to 32768.
     """
-    if not REPORTING_CAPACITY <= size <= QUEUE_SIZE_MAX or size & (size - 1):
-        raise ConfigError(
-            f"a queue size of {size} is not a power of two from {REPORTING_CAPACITY} to {QUEUE_SIZE_MAX}"
-        )
+    whole = isinstance(size, int) and not isinstance(size, bool)
+    if not whole or not 1 <= size <= QUEUE_SIZE_MAX or size & (size - 1):
+        raise ConfigError(f"invalid queue_size: {size!r} (a power of two from 1 to {QUEUE_SIZE_MAX})")
 
 
 @dataclass

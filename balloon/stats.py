@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["HISTORY", "Stats", "StatsProtocol", "StatsRequest", "decode"]
+__all__ = ["HISTORY", "Stats", "StatsProtocol", "StatsRequest", "decode", "history_of"]
 
 ABSENT: Final = 2**64 - 1
 """What old guests send for a value that they do not have."""
@@ -35,7 +36,7 @@ TIME_MAX: Final = 2**63 - 1
 ENTRY: Final = {"little": struct.Struct("<HQ"), "big": struct.Struct(">HQ")}
 
 HISTORY: Final = [("time_ns", "i8"), ("present", "u4"), *((row.name, "u8") for row in STATS)]
-"""The numpy type of one update in `StatsProtocol.history`. Bit n of `present` is set if the guest sent tag n,
+"""The numpy type of one update in the history. Bit n of `present` is set if the guest sent tag n,
 else its field is 0 and means nothing."""
 
 
@@ -165,9 +166,9 @@ class StatsProtocol:
     are ignored, and entries are in the guest's byte order. Both may be set again before a ring starts.
     `history_size` is the number of updates that are kept.
 
-    `latest` is the last update or None. Whoever restores a snapshot may set it; its token is then none of
-    ours, so who waits goes by what `arrived()` returns. `trailing_bytes` counts what came after the last
-    whole entry of the last buffer that was decoded, 0 to 9.
+    `recent` are the last updates, oldest first. `latest` is the last one or None; restoring a snapshot sets
+    it, and its token is then none of ours: waiters go by what `arrived()` returns. `trailing_bytes` counts
+    what came after the last whole entry of the last buffer that was decoded, 0 to 9.
 
     :raise ConfigError: `history_size` is not at least 1.
     """
@@ -185,9 +186,7 @@ class StatsProtocol:
         self.byteorder = byteorder
         self.latest: Stats | None = None
         self.trailing_bytes = 0
-        self._history_size = history_size
-        self._history: npt.NDArray[np.void] | None = None
-        self._updates = 0
+        self.recent: deque[Stats] = deque(maxlen=history_size)
         self._deadlines: dict[int, float] = {}
         self._newest = 0
         self._held = False
@@ -241,6 +240,11 @@ class StatsProtocol:
         """Whether the held buffer has to be used now: a request waits, and no asking is on its way."""
         return self._held and bool(self._deadlines)
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether an asking is on its way: the driver has its buffer and has not posted it again."""
+        return self._asked > 0
+
     def asked(self) -> None:
         """The owner has used the held buffer, with length 0, to ask the driver.
 
@@ -272,7 +276,7 @@ class StatsProtocol:
                 payload, time_ns=time_ns, token=token, byteorder=self.byteorder
             )
             self.latest = stats
-            self._remember(stats)
+            self.recent.append(stats)
         for one in answered:
             del self._deadlines[one]
         self._held = self._started = True
@@ -290,30 +294,21 @@ class StatsProtocol:
         if forget:
             self.latest = None
 
-    # History.
-
-    def _remember(self, stats: Stats) -> None:
-        if self._history is None:
-            import numpy as np  # not with the module: it starts threads of its own (CONTRACTS 11)
-
-            self._history = np.zeros(self._history_size, HISTORY)
-        values = [getattr(stats, row.name) for row in STATS]
-        present = sum(1 << row.tag for row, value in zip(STATS, values, strict=True) if value is not None)
-        row = (stats.time_ns, present, *(value or 0 for value in values))
-        self._history[self._updates % self._history_size] = row
-        self._updates += 1
-
     @property
     def history(self) -> npt.NDArray[np.void]:
-        """The last updates, oldest first: a copy of shape (n,), type `HISTORY`, that cannot be written."""
-        import numpy as np
+        """The last updates, oldest first, see `history_of`."""
+        return history_of(tuple(self.recent))
 
-        if self._history is None:
-            copy = np.zeros(0, HISTORY)
-        else:
-            # Before the first turn the rows from `_updates` on are empty, afterwards they are the oldest.
-            start = self._updates % self._history_size
-            older = self._history[start:] if self._updates >= self._history_size else self._history[:0]
-            copy = np.concatenate((older, self._history[:start]))
-        copy.flags.writeable = False
-        return copy
+
+def history_of(updates: Sequence[Stats]) -> npt.NDArray[np.void]:
+    """Updates as an array of shape (n,), type `HISTORY`, that cannot be written."""
+    import numpy as np  # not with the module: it starts threads of its own (CONTRACTS 11)
+
+    rows = []
+    for stats in updates:
+        values = [getattr(stats, row.name) for row in STATS]
+        present = sum(1 << row.tag for row, value in zip(STATS, values, strict=True) if value is not None)
+        rows.append((stats.time_ns, present, *(value or 0 for value in values)))
+    array = np.array(rows, dtype=HISTORY)
+    array.flags.writeable = False
+    return array

@@ -3,7 +3,8 @@
 A transport belongs to a VMM that embeds us: its vCPU threads bring accesses, at any moment and in any order.
 Whatever a guest does is checked and counted in `refused`; nothing of it is raised. Rules:
 
-* One lock guards the registers. It is not held while a queue is served, nor while the VMM is called.
+* One lock guards the registers. It is not held while a queue is served, nor while the VMM is called. It is
+  taken before the device's own, never under it.
 * A reset, of the device or of a queue, is over when its rings are quiet (CONTRACTS 3): the access waits for
   that, without the GIL. After `timeout` seconds it returns, the driver reads that the reset goes on, and each
   further access and each `poll()` looks again.
@@ -17,6 +18,7 @@ Sections of the standard: Virtqueue Reset, Device Reset, Virtio Transport Option
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -32,7 +34,7 @@ from balloon.device import Balloon, Effect
 from balloon.errors import BalloonError, ConfigError, GuestError, StateError
 from balloon.line import Line
 from balloon.registers import FEATURE_WORDS, Registers, Ring, check_queue_size
-from balloon.snapshot import check_fields, check_number
+from balloon.snapshot import Snapshot, check_fields, check_number
 from balloon.spec import (
     INTERRUPT_CONFIG,
     INTERRUPT_USED,
@@ -50,7 +52,7 @@ SNAPSHOT_VERSION: Final = 1
 EMBEDDERS: Final = Effect.STATS | Effect.HINTS | Effect.NEEDS_RESET
 
 
-def check_parts(device: object, worker: object, queue_size: int) -> None:
+def check_parts(device: object, worker: object, queue_size: int, timeout: float) -> None:
     """Say at once what the guest's first accesses would show."""
     if not isinstance(device, Balloon):
         kind = type(device).__name__
@@ -60,6 +62,8 @@ def check_parts(device: object, worker: object, queue_size: int) -> None:
     if worker is not None and worker.event_fd < 0:
         raise StateError("this worker is closed: make another one")
     check_queue_size(queue_size)
+    if not isinstance(timeout, int | float) or not 0 <= timeout < math.inf:
+        raise ConfigError(f"invalid timeout: {timeout!r} seconds (a number from 0 up)")
 
 
 @dataclass
@@ -93,11 +97,14 @@ class Transport:
     def __init__(
         self, device: Balloon, line: Line, worker: Worker | None, queue_size: int, timeout: float
     ) -> None:
-        try:
-            check_parts(device, worker, queue_size)
-        except BalloonError:
-            line.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(line.close)
+            check_parts(device, worker, queue_size, timeout)
+            kicks: list[int] = []
+            for _ in range(0 if worker is None else QUEUE_COUNT):
+                kicks.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+                undo.callback(os.close, kicks[-1])
+            undo.pop_all()
         self.device = device
         self.worker = worker
         self.queue_size = queue_size
@@ -108,12 +115,9 @@ class Transport:
         and, not the driver's fault, "late" (a drain did not end in time) and "worker" (it refuses)."""
         self.error: GuestError | None = None
         """What a device made with `strict` raised first."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come to it again
         self._line = line
-        self._kicks: list[int] = []
-        if worker is not None:
-            self._kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(QUEUE_COUNT)]
-        self._attached: dict[int, DataQueue] = {}
+        self._kicks = kicks
         self._closed = False
         self._epoch = 0  # of the device: how often it was reset
         self._lives = [0] * QUEUE_COUNT  # of each queue, by resets of either kind
@@ -135,7 +139,10 @@ class Transport:
     def close(self) -> None:
         """Take the queues from the worker, and close the eventfds that are ours. The device stays as it is.
 
-        :raise StateError: a drain did not end in time.
+        A second call does nothing.
+
+        :raise StateError: a drain did not end in time; nothing is closed.
+        :raise OSError: an fd could not be closed; the others are.
         """
         with self._lock:
             if self._closed:
@@ -143,9 +150,10 @@ class Transport:
             self._detach(range(QUEUE_COUNT), self.timeout)
             self._closed = True
             kicks, self._kicks = self._kicks, []
-            for fd in kicks:
-                os.close(fd)
-            self._line.close()
+            with contextlib.ExitStack() as every:  # whichever of them fails
+                every.callback(self._line.close)
+                for fd in kicks:
+                    every.callback(os.close, fd)
 
     # What the embedder does.
 
@@ -172,25 +180,32 @@ class Transport:
     @property
     def pending(self) -> bool:
         """Whether `poll()` has something to do."""
-        return self._is_ending or bool(self._pending)
+        return self._is_ending or bool(self._pending) or self._line.due
 
     def poll(self) -> float | None:
         """Do what an access has left to do; returns in how many seconds there is more, None if there is not.
 
         That is the rest of a queue that takes longer than one exit should, a queue that waits for the reclaim
-        rate, a reset that took too long; and interrupts of a worker where `call_eventfd` says so. With no
-        worker a VMM calls it while `pending` is true, again after as many seconds as it returns.
+        rate, a reset that took too long, an interrupt that could not be sent; and interrupts of a worker where
+        `call_eventfd` says so. With no worker a VMM calls it while `pending` is true, again after as many
+        seconds as it returns. After guest memory was added or removed it tells the driver of a target that has
+        changed with it.
         """
         with self._lock:
             self._go_on()
+            self._take(self.device.memory_changed(), None)
+            pending = tuple(self._pending)
         self._line.listen()
         self._line.deliver()
-        for index in tuple(self._pending):
+        for index in pending:
             if self._wait_seconds(index) == 0:
                 self._serve_once(index)
-        waits = [self._wait_seconds(index) for index in tuple(self._pending)]
-        if self._is_ending:
-            waits.append(0.0)
+        with self._lock:
+            waits = [self._wait_seconds(index) for index in self._pending]
+            if self._is_ending:
+                waits.append(0.0)
+        if self._line.due:
+            waits.append(self._line.retry_seconds)
         return min(waits, default=None)
 
     def _wait_seconds(self, index: int) -> float:
@@ -274,8 +289,15 @@ class Transport:
 
     def _serve(self, kicked: Iterable[int]) -> None:
         """Serve queues in this thread, and hand interrupts on."""
-        for index in kicked:
-            self._serve_once(index)
+        left = list(kicked)
+        try:
+            while left:
+                self._serve_once(left[0])
+                del left[0]
+        except BaseException:  # a signal handler's: nobody else knows of these kicks
+            with self._lock:
+                self._pending.update(left)
+            raise
         self._line.deliver()
 
     def _serve_once(self, index: int) -> None:
@@ -317,8 +339,11 @@ class Transport:
         except (BalloonError, OSError):
             self.refused["worker"] += 1
             return False
-        self._attached[index] = queue
         return True
+
+    def _attached(self) -> dict[int, DataQueue]:
+        """The queues that the worker has."""
+        return {index: queue for index, queue in self.device.queues.items() if queue.worker is not None}
 
     def _detach(self, indices: Iterable[int], timeout: float) -> None:
         """Wait until the worker has let go of these queues. Under the lock.
@@ -327,14 +352,18 @@ class Transport:
         """
         if self.worker is None:
             return
-        wanted = [(index, self._attached[index]) for index in indices if index in self._attached]
-        for _, queue in wanted:
-            if queue.worker is not None:
-                self.worker.detach(queue)
-        for index, queue in wanted:
-            if queue.worker is not None:  # else whoever takes events was told, or the worker was closed
-                self.worker.wait_detached(queue, timeout)
-            del self._attached[index]
+        attached = self._attached()
+        wanted = [attached[index] for index in indices if index in attached]
+        for wait in (False, True):
+            for queue in wanted:
+                try:
+                    if wait and queue.worker is not None:
+                        self.worker.wait_detached(queue, timeout)
+                    elif queue.worker is not None:
+                        self.worker.detach(queue)
+                except StateError:
+                    if queue.worker is not None:  # else the thread that takes events was faster
+                        raise
 
     # What the driver writes. All of these are called under the lock.
 
@@ -415,11 +444,15 @@ class Transport:
                 used_address=ring.used_address,
                 next_available=ring.next_available,
             )
+            ring.ready = True
+            attached = self._attach(index)
         except BalloonError:
             self.refused["ring"] += 1
             return
-        ring.ready = True
-        if not self._attach(index):
+        except BaseException:  # a signal handler's: it may run, and the next access ends it
+            ring.ready = ring.ending = ring.resetting = True
+            raise
+        if not attached:
             self._stop(index, reset=True)
         elif self.worker is None:
             self._kicked.append(index)
@@ -495,9 +528,9 @@ class Transport:
             self._go_on()
             if self._is_ending:
                 raise StateError("a reset is not over, since a drain did not end; try again")
-            running = tuple(self._attached)
-            self._detach(running, self.timeout)
+            running = tuple(self._attached())
             try:
+                self._detach(running, self.timeout)
                 return {
                     "version": SNAPSHOT_VERSION,
                     "device": self.device.snapshot(),
@@ -505,34 +538,50 @@ class Transport:
                     "interrupt_status": self._line.status.bits,
                 }
             finally:
+                kept = self._attached()  # where a detach did not end in time
                 for index in running:
-                    self._attach(index)
+                    if index not in kept:
+                        self._attach(index)
 
     def restore(self, data: object) -> None:
         """Become the transport that `snapshot()` saved, with its device; both are new.
 
         Interrupts that were pending are raised again, and every queue is drained once.
 
-        :raise ConfigError: the data cannot be believed, see `Balloon.restore`. Both are as new.
+        :raise ConfigError: the data is not a snapshot of such a transport, see `Balloon.restore`.
         :raise StateError: the device is not new, or the worker does not take its queues.
+
+        Whatever is raised, both are as they were before.
         """
+        self._serve(self._restore(data))
+
+    def _restore(self, data: object) -> Collection[int]:
+        """Do it; returns the queues to serve when the lock is free."""
         saved = check_fields("snapshot", data, {"version", "device", "registers", "interrupt_status"})
         if check_number("version", saved["version"], 1 << 31) != SNAPSHOT_VERSION:
             raise ConfigError(f"snapshot: its version is not {SNAPSHOT_VERSION}")
         registers = Registers.from_dict(saved["registers"])
         status = check_number("interrupt_status", saved["interrupt_status"], INTERRUPT_CONFIG << 1)
+        inner = Snapshot.from_dict(saved["device"])
+        ready = {index for index, ring in enumerate(registers.rings) if ring.ready}
+        if ready != {queue.index for queue in inner.queues} and not inner.failed:
+            raise ConfigError("snapshot: other queues are ready than those that run")
         with self._lock:
-            effect = self.device.restore(saved["device"])
-            ready = {index for index, ring in enumerate(registers.rings) if ring.ready}
-            if ready != self.device.queues.keys() and not self.device.status & Status.NEEDS_RESET:
-                self.device.reset()
-                raise ConfigError("snapshot: other queues are ready than those that run")
-            self._registers = registers
-            for index in self.device.queues:
-                if not self._attach(index):
-                    raise StateError(f"queue {index}: the worker does not take it")
+            if self.device.status or self.device.queues:
+                raise StateError("only a new device can be restored")
+            before = self.device._state(), self._registers, self.refused.copy()
+            try:
+                effect = self.device.restore(saved["device"])
+                self._registers = registers
+                for index in self.device.queues:
+                    if not self._attach(index):
+                        raise StateError(f"queue {index}: the worker does not take it")
+            except BaseException:
+                self._detach(range(QUEUE_COUNT), self.timeout)
+                state, self._registers, self.refused = before
+                self.device._put_back(state)
+                raise
             if status:
                 self._line.add(status)
             self._take(effect, None)
-            kicked = tuple(self._pending)
-        self._serve(kicked)
+            return tuple(self._pending)

@@ -3,14 +3,21 @@
 It has the target and the queue roles of a balloon, and no I/O of its own: methods return an `Effect`, and
 `balloon.device` puts the protocols of the balloon on top. Nothing here holds an fd, a thread or a clock.
 
+Any thread may call any method. `_lock` guards the control state, for bookkeeping only: under it nobody waits
+for a drain, writes a log or calls the embedder. `_ledger` is replaced as a whole: reading it takes no lock.
+
 Sections of the standard: Device Status Field, Feature Bits, Device Configuration Space, Device Reset.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import logging
+import operator
+import threading
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from balloon._plane import DataPlane, check_outside_hook
 from balloon._queue import DataQueue
@@ -22,7 +29,6 @@ from balloon.memory import GuestMemory
 from balloon.spec import (
     FAULT_TEXT,
     NOTIFY_SLICES,
-    PAGE_BYTES,
     PAGE_SHIFT,
     ROLE_FEATURE,
     Config,
@@ -38,6 +44,14 @@ DRIVERS_STATUS: Final = (
     Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK | Status.FEATURES_OK | Status.FAILED
 )
 """The status bits that a driver may set."""
+
+TARGET_END: Final = 1 << 32
+"""Pages that no target comes to: the field has 32 bits."""
+
+FLOOR_BYTES: Final = 64 << 20
+"""A Linux left less than this, or less than a sixteenth of its RAM, hardly lives; a small one needs half."""
+
+_log = logging.getLogger(__name__)
 
 
 class Effect(enum.Flag):
@@ -64,6 +78,15 @@ class Effect(enum.Flag):
     """Statistics have come, see `Balloon.stats`."""
     HINTS = 64
     """A hinting round has begun or is complete, see `Balloon.hint_state`."""
+    CLAMPED = 128
+    """The target is larger than the guest's RAM: the driver is shown less than was asked for."""
+
+
+class Ledger(NamedTuple):
+    """The queues that run, and what those have done that stopped; never changed, only replaced."""
+
+    counted: Counters
+    queues: Mapping[int, DataQueue]
 
 
 class VirtioDevice:
@@ -106,10 +129,14 @@ class VirtioDevice:
         self._fault_told = False
         self._owed: set[int] = set()
         self._early = False
-        self._counted = Counters()
+        self._ledger = Ledger(Counters(), {})
         self._later = Effect.NONE
-        self._check_target(target_bytes)
-        self._config[Config.NUM_PAGES] = target_bytes >> PAGE_SHIFT
+        # One that a signal handler or a finalizer may take again: what it then finds is whole.
+        self._lock = threading.RLock()
+        self._requested = target_pages(target_bytes)
+        self._warned: tuple[int, int] | None = None
+        self._show_target()
+        self._warn_of_target()
         memory._users.add(self._plane)
 
     # Negotiation.
@@ -131,14 +158,16 @@ class VirtioDevice:
         :raise StateError: a queue is running.
         """
         surplus = features & ~int(self._offered)
-        self._refused = bool(surplus)
-        if surplus:
-            raise GuestError(
-                f"the driver accepted features that were not offered: {surplus:#x}", section="Feature Bits"
-            )
-        if self._plane.queues:
-            raise StateError("features cannot change while a queue runs: stop it first")
-        self._accept(Feature(features))
+        with self._lock:
+            self._refused = bool(surplus)
+            if surplus:
+                raise GuestError(
+                    f"the driver accepted features that were not offered: {surplus:#x}",
+                    section="Feature Bits",
+                )
+            if self._ledger.queues:
+                raise StateError("features cannot change while a queue runs: stop it first")
+            self._accept(Feature(features))
 
     def _accept(self, features: Feature) -> None:
         self._accepted = features
@@ -168,37 +197,72 @@ class VirtioDevice:
         """
         if status == 0:
             return self.reset()
-        new = Status(status & DRIVERS_STATUS)
-        if self.legacy or self._refused:
-            new &= ~Status.FEATURES_OK
-        self._status |= new
-        if new & Status.DRIVER_OK and not self._plane.live:
-            self._plane.live = True
-            if self._early:
-                self._early = False
-                return Effect.NOTIFY_AGAIN
-        return Effect.NONE
+        effect = Effect.NONE
+        with self._lock:
+            new = Status(status & DRIVERS_STATUS)
+            if self.legacy or self._refused:
+                new &= ~Status.FEATURES_OK
+            self._status |= new
+            began = bool(new & Status.DRIVER_OK) and not self._plane.live
+            if began:
+                self._show_target()
+                self._plane.live = True
+                if self._early:
+                    self._early = False
+                    effect = Effect.NOTIFY_AGAIN
+        if began:
+            self._warn_of_target()
+        return effect
 
     def reset(self) -> Effect:
         """Back to the beginning: queues stopped, features and status cleared, the target kept.
 
-        :raise StateError: a worker owns a queue: detach it first; or this is inside a before-release hook.
+        :raise StateError: a worker owns a queue: detach it first; a drain did not end in time; or this is
+            inside a before-release hook.
         """
+        self._end_driver(reset=True)
+        return Effect.NONE
+
+    def begin_driver(self) -> Effect:
+        """A new driver begins, over a transport that does not tell of a reset: forget what the old one said.
+
+        Queues are stopped and owe nothing; `actual` is 0, `poison_val` unknown, statistics and hinting are
+        as after a reset. Status, features and target stay as they are. Call it before what the new driver
+        says is passed on.
+
+        :raise StateError: see `reset`.
+        """
+        self._end_driver(reset=False)
+        return Effect.NONE
+
+    def _end_driver(self, *, reset: bool) -> None:
         check_outside_hook()
         if self._plane.worker is not None:
             raise StateError("a worker owns queues of this device: detach them first")
-        for index in tuple(self._plane.queues):
-            self.stop_queue(index)
+        while True:
+            for index in tuple(self._ledger.queues):
+                with contextlib.suppress(ConfigError):  # another thread was faster
+                    self.stop_queue(index)
+            with self._lock:
+                if self._ledger.queues:  # another thread has started one
+                    continue
+                if reset:
+                    self._plane.live = False
+                    self._status = Status(0)
+                    self._refused = self._early = False
+                    self._accept(Feature(0))
+                self._forget_driver()
+                return
+
+    def _forget_driver(self) -> None:
+        """Nothing that the driver said holds any more. Under the lock, while no queue runs."""
         self._owed.clear()
-        self._failed = self._fault_told = self._refused = self._early = False
-        self._plane.live = False
-        self._status = Status(0)
+        self._failed = self._fault_told = False
         self._actual_pages = 0
         self._poison = None
-        self._accept(Feature(0))
         self._config[Config.ACTUAL] = self._config[Config.POISON_VAL] = 0
+        self._apply_poison()
         self._later = Effect.NONE
-        return Effect.NONE
 
     # Configuration space.
 
@@ -210,11 +274,15 @@ class VirtioDevice:
     @property
     def config_generation(self) -> int:
         """Changes when a field has changed since the configuration space was read last."""
-        return self._config.generation
+        with self._lock:
+            self._follow_memory()
+            return self._config.generation
 
     def read_config(self, offset: int, size: int) -> bytes:
         """`size` bytes of the configuration space at `offset`; zeros where it has ended."""
-        return self._config.read(offset, size)
+        with self._lock:
+            self._follow_memory()
+            return self._config.read(offset, size)
 
     def write_config(self, offset: int, data: bytes) -> Effect:
         """The driver writes to the configuration space.
@@ -223,12 +291,13 @@ class VirtioDevice:
         is not the driver's to write and is left alone. A field counts once its most significant byte is in
         (B6), so that a driver may write byte by byte.
         """
-        for field in self._config.write(offset, data):
-            if field == Config.ACTUAL:
-                self._actual_pages = self._config[field]
-            else:
-                self._poison = self._config[field]
-                self._apply_poison()
+        with self._lock:
+            for field in self._config.write(offset, data):
+                if field == Config.ACTUAL:
+                    self._actual_pages = self._config[field]
+                else:
+                    self._poison = self._config[field]
+                    self._apply_poison()
         return Effect.NONE
 
     def _apply_poison(self) -> None:
@@ -241,20 +310,65 @@ class VirtioDevice:
 
     # The target.
 
-    def _check_target(self, target_bytes: int) -> None:
-        if not hasattr(target_bytes, "__index__"):
-            raise ConfigError(
-                f"a target is a whole number of bytes, such as ram_bytes // 2, and not {target_bytes!r}"
+    def _room(self) -> int:
+        """The pages of the guest's RAM; 0 where it is not known yet."""
+        return self.memory.size >> PAGE_SHIFT
+
+    def _show_target(self) -> bool:
+        """Show no more than there is RAM, as QEMU does; true if that is another number. Under the lock."""
+        shown = min(self._requested, self._room() or TARGET_END - 1)
+        before, self._config[Config.NUM_PAGES] = self._config[Config.NUM_PAGES], shown
+        return shown != before
+
+    def _follow_memory(self) -> None:
+        """Regions may have come or gone: the target's bound with them. Under the lock."""
+        if self._show_target():
+            self._later |= self._config_effect()
+
+    def memory_changed(self) -> Effect:
+        """Follow regions that came or went: NOTIFY_CONFIG if the target that is shown changed with them."""
+        with self._lock:
+            effect = self._config_effect() if self._show_target() else Effect.NONE
+        self._warn_of_target()
+        return effect
+
+    def _warn_of_target(self) -> None:
+        """Say that a target is larger than RAM, or that targets leave the guest hardly any from now on."""
+        room, asked = self._room(), self._requested
+        shown = self._config[Config.NUM_PAGES]
+        floor = min(max(FLOOR_BYTES >> PAGE_SHIFT, room // 16), room // 2)
+        kind = (asked, room) if asked > room else (0, room) if shown and room - shown < floor else None
+        with self._lock:
+            if not room or self._warned == kind:
+                return
+            self._warned = kind
+        if asked > room:
+            _log.warning(
+                "target of %.0f MiB clamped to the guest's RAM of %.0f MiB: no guest lives on nothing",
+                asked / 256,
+                room / 256,
             )
-        if target_bytes < 0 or target_bytes % PAGE_BYTES or target_bytes >> PAGE_SHIFT > 0xFFFFFFFF:
-            raise ConfigError(
-                f"a target of {target_bytes} bytes is not a multiple of {PAGE_BYTES} between 0 and 16 TiB"
+        elif kind is not None:
+            _log.warning(
+                "target of %.0f MiB leaves the guest %.0f MiB of %.0f MiB: it may run out of memory "
+                "(it needs %.0f MiB or more)",
+                shown / 256,
+                (room - shown) / 256,
+                room / 256,
+                floor / 256,
             )
 
     @property
     def target_bytes(self) -> int:
-        """What the balloon is to hold, taken from the guest."""
-        return self._config[Config.NUM_PAGES] << PAGE_SHIFT
+        """What the balloon is to hold, taken from the guest, as the driver is shown: not more than RAM."""
+        with self._lock:
+            self._follow_memory()
+            return self._config[Config.NUM_PAGES] << PAGE_SHIFT
+
+    @property
+    def requested_bytes(self) -> int:
+        """The target that was asked for, in whole pages; `target_bytes` is less where there is less RAM."""
+        return self._requested << PAGE_SHIFT
 
     @property
     def actual_bytes(self) -> int:
@@ -269,24 +383,37 @@ class VirtioDevice:
     def set_target(self, target_bytes: int) -> Effect:
         """Ask the guest to fill the balloon up, or to empty it down, to `target_bytes`.
 
-        A target that is set before the driver is up is kept for it.
+        It is rounded down to a page of 4096 bytes, and the driver is shown no more than the guest's RAM:
+        CLAMPED says so, and the log, which also warns of a target that leaves the guest hardly any memory.
+        Where RAM comes or goes the bound follows, see `memory_changed()`. A target that is set before the
+        driver is up is kept for it. The same target tells the driver again while `actual_bytes` is not there:
+        a notification may have been lost while the guest slept.
 
-        :raise ConfigError: it is negative, too large or no multiple of 4096 bytes.
+        :raise ConfigError: it is not an integer, negative, or not below 16 TiB.
         """
-        self._check_target(target_bytes)
-        if target_bytes == self.target_bytes:
-            return Effect.NONE
-        self._config[Config.NUM_PAGES] = target_bytes >> PAGE_SHIFT
-        return self._config_effect()
+        pages = target_pages(target_bytes)
+        with self._lock:
+            self._requested = pages
+            effect = Effect.NONE
+            if self._show_target() or self._actual_pages != self._config[Config.NUM_PAGES]:
+                effect = self._config_effect()
+            if self._config[Config.NUM_PAGES] < pages:
+                effect |= Effect.CLAMPED
+        self._warn_of_target()
+        return effect
 
     def _config_effect(self) -> Effect:
         return Effect.NOTIFY_CONFIG if self._status & Status.DRIVER_OK else Effect.NONE
 
     # Queues.
 
-    def role(self, index: int) -> Role | None:
-        """What queue `index` is for with the features that were accepted; None if it does not exist."""
-        roles = [role for role in Role if (need := ROLE_FEATURE[role]) is None or self._accepted & need]
+    def role(self, index: int, features: Feature | None = None) -> Role | None:
+        """What queue `index` is for with the features that were accepted; None if it does not exist.
+
+        With `features`: with these instead.
+        """
+        accepted = self._accepted if features is None else features
+        roles = [role for role in Role if (need := ROLE_FEATURE[role]) is None or accepted & need]
         if self.numbering == "spec":
             return Role(index) if index in roles else None
         return roles[index] if 0 <= index < len(roles) else None
@@ -313,33 +440,52 @@ class VirtioDevice:
         :raise RingError: the ring does not lie in guest memory, or is misaligned.
         :raise StateError: it runs already.
         """
-        role = self.role(index)
-        if role is None:
-            raise ConfigError(
-                f"queue {index} does not exist with the features {self.driver_features:#x}: "
-                "set_driver_features() comes before start_queue(), with what the driver accepts"
-            )
-        if index in self._plane.queues:
-            raise StateError(f"queue {index} is running: stop it first")
         if not self.memory.regions:
             raise ConfigError(
                 "the guest memory has no region yet: GuestMemory.add() comes before start_queue()"
             )
-        with self.memory._lock:  # else the queue could stay on a map that is just going out of use
-            ring = SplitRing(
-                self.memory.map,
+        # Without memory's lock the queue could stay on a map that is just going out of use.
+        with self.memory._lock, self._lock:
+            role = self.role(index)
+            if role is None:
+                raise ConfigError(
+                    f"queue {index} does not exist with the features {self.driver_features:#x}: "
+                    "set_driver_features() comes before start_queue(), with what the driver accepts"
+                )
+            if index in self._ledger.queues:
+                raise StateError(f"queue {index} is running: stop it first")
+            ring = self._ring(
+                self._accepted,
                 size=size,
                 descriptor_address=descriptor_address,
                 available_address=available_address,
                 used_address=used_address,
-                event_idx=bool(self._accepted & Feature.EVENT_IDX),
-                indirect=bool(self._accepted & Feature.INDIRECT_DESC),
                 next_available=next_available,
-                big_endian=self.legacy and self.guest_byteorder == "big",
                 resume=resume,
                 anywhere=anywhere,
             )
-            DataQueue(self._plane, ring, index=index, role=role, owed=index in self._owed)
+            self._run(index, role, ring)
+
+    def _ring(self, accepted: Feature, **where: int) -> SplitRing:
+        """The ring of a driver that accepted these features. Under memory's lock."""
+        return SplitRing(
+            self.memory.map,
+            event_idx=bool(accepted & Feature.EVENT_IDX),
+            indirect=bool(accepted & Feature.INDIRECT_DESC),
+            big_endian=not accepted & Feature.VERSION_1 and self.guest_byteorder == "big",
+            **where,
+        )
+
+    def _run(self, index: int, role: Role, ring: SplitRing) -> None:
+        """Put a queue to work, or leave all as it was. Under memory's lock and ours."""
+        self._starting(role)
+        try:
+            queue = DataQueue(self._plane, ring, index=index, role=role, owed=index in self._owed)
+            self._ledger = Ledger(self._ledger.counted, {**self._ledger.queues, index: queue})
+        except BaseException:
+            if (half := self._plane.queues.get(index)) is not None:
+                half.stop()
+            raise
         self._owed.discard(index)
 
     def stop_queue(self, index: int) -> int:
@@ -352,11 +498,17 @@ class VirtioDevice:
         :raise StateError: a worker owns it, a drain did not end in time, or this is inside a hook.
         """
         queue = self.queue(index)
-        if queue.stop():
-            self._owed.add(index)  # the driver sleeps until whoever starts the ring again notifies it
-        self._failed = self._failed or bool(queue.fault)
-        self._counted = add_counters(self._counted, queue.counts())
-        self._stopped(queue)
+        notify = queue.stop()
+        with self._lock:
+            if notify:
+                self._owed.add(index)  # the driver sleeps until whoever starts the ring again notifies it
+            if self._ledger.queues.get(index) is queue:  # else another thread has seen to it
+                self._failed = self._failed or bool(queue.fault)
+                rest = {number: one for number, one in self._ledger.queues.items() if one is not queue}
+                ledger = Ledger(add_counters(self._ledger.counted, queue.counts()), rest)
+                self._stopped(queue.role)
+                self._ledger = ledger
+        self._after_stop(queue.role)
         return queue.next_available
 
     def reset_queue(self, index: int) -> None:
@@ -364,17 +516,30 @@ class VirtioDevice:
 
         :raise StateError: see `stop_queue`.
         """
-        if index in self._plane.queues:
+        if index in self._ledger.queues:
             self.stop_queue(index)
-        self._owed.discard(index)
+        with self._lock:
+            self._owed.discard(index)
 
-    def _stopped(self, queue: DataQueue) -> None:
-        """For the protocols above: a queue is out of work."""
+    def _starting(self, role: Role) -> None:
+        """For the protocols above: a queue is about to run. Under the lock."""
+
+    def _stopped(self, role: Role) -> None:
+        """For the protocols above: a queue is out of work. Under the lock."""
+
+    def _after_stop(self, role: Role) -> None:
+        """For the protocols above: a queue is out of work, and no lock is held."""
 
     def take_effects(self) -> Effect:
         """What came due in calls that return something else; nothing twice."""
-        effect, self._later = self._later, Effect.NONE
+        with self._lock:
+            effect, self._later = self._later, Effect.NONE
         return effect
+
+    def _owe(self, effect: Effect) -> None:
+        """Leave something for `take_effects()`."""
+        with self._lock:
+            self._later |= effect
 
     def queue(self, index: int) -> DataQueue:
         """The native queue, to attach to a worker.
@@ -382,17 +547,16 @@ class VirtioDevice:
         :raise ConfigError: it does not run.
         """
         try:
-            found: DataQueue = self._plane.queues[index]
+            return self._ledger.queues[index]
         except KeyError:
             raise ConfigError(
                 f"queue {index} does not run: start_queue() comes first, with the ring that the driver made"
             ) from None
-        return found
 
     @property
     def queues(self) -> Mapping[int, DataQueue]:
-        """The queues that run, by index."""
-        return dict(self._plane.queues)
+        """The queues that run, by index, as they are now."""
+        return dict(self._ledger.queues)
 
     def notify(self, index: int) -> Effect:
         """Serve queue `index` in this thread: the driver has kicked it.
@@ -411,8 +575,7 @@ class VirtioDevice:
         found: DataQueue | None = self._plane.queues.get(index)
         if found is None:
             return Effect.NONE
-        if not self._status & Status.DRIVER_OK:
-            self._early = True
+        if self._is_early():
             return Effect.NONE
         queue: DataQueue = found
         failures = queue.failures
@@ -438,19 +601,25 @@ class VirtioDevice:
         if fault is not Fault.NONE:
             effect |= self._tell_fault()
             if self._plane.strict:
-                self._later |= effect
+                self._owe(effect)
                 raise self.guest_error(queue)
         return effect
 
     def _runs(self, queue: DataQueue) -> bool:
-        return self._plane.queues.get(queue.index) is queue
+        return self._ledger.queues.get(queue.index) is queue
+
+    def _is_early(self) -> bool:
+        """Note a kick that comes before DRIVER_OK."""
+        with self._lock:
+            self._early = self._early or not self._status & Status.DRIVER_OK
+            return not self._status & Status.DRIVER_OK
 
     def on_event(self, kind: str, queue: DataQueue) -> Effect:
         """Take what a worker tells of a queue, see `Worker.take_events()`; returns what is to be done.
 
         News of a queue from before a reset say nothing of the device after it (CONTRACTS 10).
         """
-        if self._plane.queues.get(queue.index) is not queue:
+        if not self._runs(queue):
             return Effect.NONE
         if kind == "refused":
             self.look_again()
@@ -472,16 +641,15 @@ class VirtioDevice:
         return kind(text, queue=queue.index, head=head, section=section)
 
     def _has_fault(self) -> bool:
-        return self._failed or any(queue.fault for queue in tuple(self._plane.queues.values()))
+        return self._failed or any(queue.fault for queue in self._ledger.queues.values())
 
     def _tell_fault(self) -> Effect:
         """What its owner has to do about a fault, once."""
-        if self._fault_told:
-            return Effect.NONE
-        self._fault_told = True
-        if self._status & Status.DRIVER_OK:
-            return Effect.NEEDS_RESET | Effect.NOTIFY_CONFIG
-        return Effect.NEEDS_RESET
+        with self._lock:
+            if self._fault_told or not self._has_fault():  # or another thread has reset the device
+                return Effect.NONE
+            self._fault_told = True
+            return Effect.NEEDS_RESET | self._config_effect()
 
     def look_again(self) -> None:
         """The kernel has refused a range: find out anew, once, what backs the memory (CONTRACTS 16)."""
@@ -489,8 +657,27 @@ class VirtioDevice:
 
     @property
     def counters(self) -> Counters:
-        """What the device has done so far. Takes no lock that a drain waits for."""
-        total = self._counted
-        for queue in tuple(self._plane.queues.values()):
-            total = add_counters(total, queue.counts())
-        return total
+        """What the device has done so far: none of the numbers ever falls. No drain is waited for."""
+        with self._lock:
+            total, queues = self._ledger
+            for queue in queues.values():
+                total = add_counters(total, queue.counts())
+            return total
+
+
+def target_pages(target_bytes: int) -> int:
+    """Return a target in whole pages.
+
+    :raise ConfigError: it is not an integer, negative, or not below 16 TiB.
+    """
+    try:
+        size = None if isinstance(target_bytes, bool) else operator.index(target_bytes)
+    except TypeError:
+        size = None
+    if size is None:
+        raise ConfigError(
+            f"invalid target: {target_bytes!r} (a whole number of bytes). Give for example ram_bytes // 2"
+        )
+    if not 0 <= size >> PAGE_SHIFT < TARGET_END:
+        raise ConfigError(f"invalid target: {size} bytes (from 0 to below 16 TiB). Give bytes to take away")
+    return size >> PAGE_SHIFT

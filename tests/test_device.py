@@ -277,14 +277,17 @@ def test_writes_outside_the_config_space_do_nothing(memory: GuestMemory) -> None
 
 
 def test_targets(memory: GuestMemory) -> None:
-    for wrong in (-4096, 4095, 1 << 44):
-        with pytest.raises(balloon.ConfigError, match="multiple of 4096"):
-            Balloon(memory, target_bytes=wrong)
+    for wrong in (-1, -4096, 1 << 44, True, 4096.0, float("nan"), "1G", None):
+        with pytest.raises(balloon.ConfigError, match="invalid target: "):
+            Balloon(memory, target_bytes=wrong)  # type: ignore[arg-type]
     device = Balloon(memory)
     assert device.set_target(MIB) is Effect.NONE  # no driver to tell yet; kept for it
     assert device.target_bytes == MIB
     device.write_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK)
     assert device.set_target(2 * MIB) is Effect.NOTIFY_CONFIG
+    assert device.set_target(2 * MIB + 4095) is Effect.NOTIFY_CONFIG  # the driver may have missed it
+    assert device.target_bytes == 2 * MIB
+    device.write_config(4, struct.pack("<I", 512))
     assert device.set_target(2 * MIB) is Effect.NONE
     assert device.read_config(0, 4) == struct.pack("<I", 512)
 

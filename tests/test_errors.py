@@ -190,12 +190,12 @@ WRONG: dict[str, tuple[Callable[[], Any], type[BalloonError], str]] = {
     "a target that is a float": (
         lambda: Balloon(GuestMemory(ram())).set_target(MIB / 2),  # type: ignore[arg-type]
         ConfigError,
-        "a target is a whole number of bytes, such as ram_bytes // 2, and not 524288.0",
+        "invalid target: 524288.0 (a whole number of bytes). Give for example ram_bytes // 2",
     ),
     "a target in words": (
         lambda: Balloon(GuestMemory(ram())).set_target("1G"),  # type: ignore[arg-type]
         ConfigError,
-        "a target is a whole number of bytes, such as ram_bytes // 2, and not '1G'",
+        "invalid target: '1G' (a whole number of bytes). Give for example ram_bytes // 2",
     ),
     "a window on memory": (
         lambda: VirtioMmio(GuestMemory(ram()), interrupt=bool),  # type: ignore[arg-type]

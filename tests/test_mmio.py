@@ -368,6 +368,7 @@ def test_a_ready_queue_is_not_changed(rig: Rig) -> None:
 
 
 def test_configuration_is_read_and_written_by_bytes_halfwords_and_words(rig: Rig) -> None:
+    rig.device._room = lambda: 0  # type: ignore[method-assign]  # RAM that is not known bounds no target
     rig.device.set_target(0x04030201 * PAGE)
     space = [rig.read(Reg.CONFIG + offset, 1) for offset in range(16)]
     assert space[:4] == [1, 2, 3, 4]
@@ -994,11 +995,11 @@ def test_vcpus_at_once(rigs: Callable[..., Rig], mode: str) -> None:
 # Errors of the embedder's.
 
 
-@pytest.mark.parametrize("queue_size", [0, 16, 33, 65536])
-def test_a_queue_size_of_the_embedders_that_cannot_be(rig: Rig, queue_size: int) -> None:
+@pytest.mark.parametrize("queue_size", [0, -1, 33, 65536, True, 2.0])
+def test_a_queue_size_of_the_embedders_that_cannot_be(rig: Rig, queue_size: Any) -> None:
     with Worker() as worker:
         before = len(os.listdir("/proc/self/fd"))
-        with pytest.raises(ConfigError, match="power of two from 32"):
+        with pytest.raises(ConfigError, match="power of two from 1"):
             VirtioMmio(rig.device, interrupt=lambda level: None, worker=worker, queue_size=queue_size)
         assert len(os.listdir("/proc/self/fd")) == before
 
@@ -1041,6 +1042,6 @@ def test_an_interrupt_that_cannot_be_sent_does_not_end_the_exit_loop(rigs: Calla
         ring.ask_for_call()
         ring.post([(FREE, MIB, True)])
         rig.write(Reg.QUEUE_NOTIFY, rig.index(Role.REPORTING))
-        assert rig.window.interrupt_failures == 1
+        assert rig.window.interrupt_failures >= 1
         assert rig.read(Reg.INTERRUPT_STATUS) == 1
         assert len(ring.take_used()) == 1

@@ -261,9 +261,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(size=st.integers(0, 1000))
     def set_target(self, size: int) -> None:
-        changed = self.device.target_bytes != size * PAGE
-        assert self.device.set_target(size * PAGE) == (Effect.NOTIFY_CONFIG if changed else Effect.NONE)
-        assert self.device.read_config(0, 4) == size.to_bytes(4, "little")
+        shown = min(size, self.memory.size // PAGE)
+        changed = self.device.target_bytes != shown * PAGE
+        there = self.device.actual_bytes == shown * PAGE
+        effect = Effect.NONE if there and not changed else Effect.NOTIFY_CONFIG
+        if shown < size:
+            effect |= Effect.CLAMPED
+        assert self.device.set_target(size * PAGE) == effect
+        assert self.device.read_config(0, 4) == shown.to_bytes(4, "little")
 
     @rule(actual=st.integers(0, 2**32 - 1))
     def set_actual(self, actual: int) -> None:

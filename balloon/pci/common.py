@@ -189,9 +189,8 @@ class CommonStructure(Transport):
     def _retarget(self) -> None:
         """The worker's notifications go elsewhere."""
         if self.worker is not None:
-            for index, queue in self._attached.items():
-                if queue.worker is not None:
-                    self.worker.set_call(queue, self._pin.call_fd(index))
+            for index, queue in self._attached().items():
+                self.worker.set_call(queue, self._pin.call_fd(index))
             self._pin.listen()
 
     def _retarget_unlocked(self) -> None:
@@ -222,12 +221,13 @@ class CommonStructure(Transport):
         if self._master:
             self._kicked.extend(self._waiting)
             self._waiting.clear()
+            attached = self._attached()
             for index, ring in enumerate(self._registers.rings):
-                if self.worker is not None and ring.ready and not ring.ending and index not in self._attached:
+                if self.worker is not None and ring.ready and not ring.ending and index not in attached:
                     self._attach(index)
         else:
             try:
-                self._detach(tuple(self._attached), self.timeout)
+                self._detach(range(QUEUE_COUNT), self.timeout)
             except StateError:
                 self.refused["late"] += 1
 

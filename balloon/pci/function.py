@@ -10,7 +10,7 @@ Sections of the standard: Virtio Over PCI Bus.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 from balloon._worker import Worker
@@ -107,7 +107,11 @@ class VirtioPci(CommonStructure):
             worker=worker is not None,
         )
         super().__init__(device, pin, worker, queue_size, timeout)
-        self._lay_out(has_msix)
+        try:
+            self._lay_out(has_msix)
+        except BaseException:
+            self.close()
+            raise
 
     def _lay_out(self, has_msix: bool) -> None:
         """The capability list: where everything lies (Virtio Structure PCI Capabilities)."""
@@ -221,7 +225,8 @@ class VirtioPci(CommonStructure):
     def _possible(self, offset: int, size: int) -> bool:
         if offset >= 0 and 0 < size <= ACCESS_MAX:
             return True
-        self.refused["size"] += 1
+        with self._lock:
+            self.refused["size"] += 1
         return False
 
     def _opened(self) -> tuple[int, int] | None:
@@ -281,8 +286,8 @@ class VirtioPci(CommonStructure):
 
         :raise StateError: a drain did not end in time.
         """
-        inner = super().snapshot()
         with self._lock:
+            inner = super().snapshot()
             self._pin.listen()
             return {
                 "version": SNAPSHOT_VERSION,
@@ -297,9 +302,14 @@ class VirtioPci(CommonStructure):
     def restore(self, data: object) -> None:
         """Become what `snapshot()` saved: of a function that was made like this one, which is new.
 
-        :raise ConfigError: the data cannot be believed. Everything is as new.
-        :raise StateError: the device is not new.
+        :raise ConfigError: the data is not a snapshot of such a function.
+        :raise StateError: the device is not new, or the worker does not take its queues.
+
+        Whatever is raised, everything is as it was before.
         """
+        super().restore(data)
+
+    def _restore(self, data: object) -> Collection[int]:
         saved = check_fields("snapshot", data, SNAPSHOT_FIELDS)
         if check_number("version", saved["version"], 1 << 31) != SNAPSHOT_VERSION:
             raise ConfigError(f"snapshot: its version is not {SNAPSHOT_VERSION}")
@@ -312,19 +322,33 @@ class VirtioPci(CommonStructure):
         ]
         if len(vectors) != QUEUE_COUNT + 1 or any(self._pin.accept(one) != one for one in vectors):
             raise ConfigError("snapshot: a vector cannot be")
-        if self.device.status or self.device.queues:
-            raise StateError("only a new device can be restored")
-        try:
-            with self._lock:
-                self._space.restore(space)
-                self._table.restore(table, pending)
-                self._read_control()
-                self._pin.config_vector, *self._pin.queue_vectors = vectors
-                self._pin.changed()
-            super().restore(saved["transport"])
-        except ConfigError:
-            self.reset()
-            raise
+        self._space.check(space)
+        self._table.check(table, pending)
+        with self._lock:
+            if self.device.status or self.device.queues:
+                raise StateError("only a new device can be restored")
+            before = self._state()
+            try:
+                self._put(space, table, pending, vectors)
+                return super()._restore(saved["transport"])
+            except BaseException:
+                self._put(*before)
+                raise
+
+    def _state(self) -> tuple[bytes, bytes, set[int], list[int]]:
+        """What `_put()` puts in place: the configuration space, the table, what is pending, the vectors."""
+        with self._pin._guard:
+            vectors = [self._pin.config_vector, *self._pin.queue_vectors]
+            return bytes(self._space.data), bytes(self._table.table), set(self._table.pending), vectors
+
+    def _put(self, space: bytes, table: bytes, pending: set[int], vectors: list[int]) -> None:
+        with self._pin._guard:
+            self._space.data[:] = space
+            self._table.table[:] = table
+            self._table.pending = pending
+            self._pin.config_vector, *self._pin.queue_vectors = vectors
+            self._read_control()
+        self._pin.changed()
 
 
 SNAPSHOT_FIELDS: Final = {

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import os
 import select
-import threading
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -45,7 +44,7 @@ class PciInterrupts(Line):
         intx: Callable[[bool], object] | None,
         worker: bool,
     ) -> None:
-        for name, way in (("msix", msix), ("intx", intx)):
+        for name, way in (("msix", msix), ("intx", intx), ("route", route)):
             if way is not None and not callable(way):
                 raise ConfigError(f"{name} is a callable, not {way!r}: eventfds are vector_fds")
         if msix is None and vector_fds is None and intx is None:
@@ -61,6 +60,8 @@ class PciInterrupts(Line):
                     f"not {vector_fds!r}"
                 )
             for fd in vector_fds:
+                if not isinstance(fd, int) or isinstance(fd, bool):
+                    raise ConfigError(f"vector_fds has {fd!r} (the number of an eventfd)")
                 os.fstat(fd)  # one that is not open is told of here, not at the first interrupt
         super().__init__(intx or (lambda level: None), worker=False)
         if vector_fds is not None and len(vector_fds) != table.vectors:
@@ -74,15 +75,17 @@ class PciInterrupts(Line):
         self._route = route
         self._routed: dict[int, tuple[int, int]] = {}
         self._unrouted: set[int] = set()
-        self._guard = threading.Lock()
-        self._busy = False
         self._held: tuple[int, ...] = ()
         self._epoll: select.epoll | None = None
         if worker:
-            self._held = tuple(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(QUEUE_COUNT))
-            self._epoll = select.epoll()
-            for fd in self._held:
-                self._epoll.register(fd, select.EPOLLIN)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self.close)
+                self._epoll = select.epoll()
+                for _ in range(QUEUE_COUNT):
+                    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                    self._held = (*self._held, fd)
+                    self._epoll.register(fd, select.EPOLLIN)
+                undo.pop_all()
         self.clear()
 
     def clear(self) -> None:
@@ -108,6 +111,7 @@ class PciInterrupts(Line):
 
     def add(self, bits: int) -> None:
         """Set bits of ISR status."""
+        self._tries = 0
         self.status.add(bits)
 
     def used(self, index: int) -> None:
@@ -126,6 +130,7 @@ class PciInterrupts(Line):
     def _pend(self, vector: int) -> None:
         if vector != NO_VECTOR:  # else the driver wants none (E15)
             with self._guard:
+                self._tries = 0
                 self.table.pending.add(vector)
 
     def acknowledge(self, bits: int) -> None:
@@ -185,42 +190,66 @@ class PciInterrupts(Line):
         return True
 
     def deliver(self) -> None:
-        """Tell the embedder what there is to tell. Who finds another thread at it leaves it to that one."""
-        while True:
-            with self._guard:
-                action = None if self._busy else self._next()
-                if action is None:
-                    return
-                self._busy = True
-            try:
-                action()
-            except Exception:
-                self.fail()
-            finally:
-                self._busy = False
+        """Tell the embedder what there is to tell. If another thread is at it, that one does.
 
-    def _next(self) -> Callable[[], object] | None:
+        What fails stays due, and the rest is told all the same.
+        """
+        me = object()
+        failed: list[Callable[[], None]] = []
+        try:
+            while True:
+                try:
+                    with self._guard:
+                        if self._caller is not None:
+                            return
+                        step = self._next()
+                        if step is None:
+                            self._changed = bool(failed)
+                            self._tries = self._tries if failed else 0
+                            return
+                        self._caller = me
+                    action, undo = step
+                    failed.append(undo)
+                    action()
+                    failed.pop()
+                except Exception:
+                    self.fail()
+                finally:
+                    if self._caller is me:
+                        self._caller = None
+        finally:
+            with self._guard:
+                for undo in failed:
+                    undo()
+
+    def _next(self) -> tuple[Callable[[], object], Callable[[], None]] | None:
+        """What is to be told next, and how that comes due again. Under the guard."""
         while self._unrouted:  # before any message is sent
             vector = self._unrouted.pop()
             message = self.table.message(vector)
             if self._open(vector) and self._routed.get(vector) != message:
-                return functools.partial(self._tell_route, vector, message)
+                return functools.partial(self._tell_route, vector, message), functools.partial(
+                    self._unrouted.add, vector
+                )
         for vector in tuple(self.table.pending):
             if self._open(vector):
                 self.table.pending.discard(vector)
-                return functools.partial(self._send, vector, *self.table.message(vector))
+                return functools.partial(self._send, vector, *self.table.message(vector)), functools.partial(
+                    self.table.pending.add, vector
+                )
         level = self.shown and not self.space.command & COMMAND_INTX_DISABLE
         if level != self._level:
             self._level = level
-            return functools.partial(self._call or bool, level)
+            return functools.partial(self._call or bool, level), self._forget_level
         return None
 
+    def _forget_level(self) -> None:
+        self._level = not self._level
+
     def _tell_route(self, vector: int, message: tuple[int, int]) -> None:
-        try:
-            if self._route is not None:
-                self._route(vector, *message)
-        finally:  # if that failed, it would fail again
-            self._routed[vector] = message
+        if self._route is not None:
+            self._route(vector, *message)
+        self._routed[vector] = message
         self.retarget()
 
     def _send(self, vector: int, address: int, data: int) -> None:
@@ -231,9 +260,14 @@ class PciInterrupts(Line):
             self._msix(vector, address, data)
 
     def close(self) -> None:
-        """Close what is not the embedder's."""
-        if self._epoll is not None:
-            self._epoll.close()
-        for fd in self._held:
-            os.close(fd)
-        self._held, self._epoll = (), None
+        """Close what is not the embedder's. A second call does nothing.
+
+        :raise OSError: an fd could not be closed; the others are.
+        """
+        held, self._held = self._held, ()
+        epoll, self._epoll = self._epoll, None
+        with contextlib.ExitStack() as every:
+            for fd in held:
+                every.callback(os.close, fd)
+            if epoll is not None:
+                every.callback(epoll.close)

@@ -95,8 +95,8 @@ class PciSpace:
         """The interrupt status bit."""
         self.data[STATUS] = STATUS_CAPABILITIES | (STATUS_INTERRUPT if pending else 0)
 
-    def restore(self, data: bytes) -> None:
-        """Take a whole space that was saved.
+    def check(self, data: bytes) -> None:
+        """Refuse what cannot be put in place of `data`.
 
         :raise ConfigError: it is that of another function.
         """
@@ -105,7 +105,6 @@ class PciSpace:
             (a ^ b) & ~mask for a, b, mask in zip(data, old, self.writable, strict=True)
         ):
             raise ConfigError("snapshot: the configuration space is that of another function")
-        self.data[:] = data
 
 
 class MsixTable:
@@ -154,8 +153,8 @@ class MsixTable:
         bits = sum(1 << vector for vector in tuple(self.pending))  # other threads take some away
         return bits.to_bytes(-(-self.vectors // 64) * 8, "little")[offset : offset + size].ljust(size, b"\0")
 
-    def restore(self, table: bytes, pending: set[int]) -> None:
-        """Take what was saved.
+    def check(self, table: bytes, pending: set[int]) -> None:
+        """Refuse what cannot be put in place of `table` and `pending`.
 
         :raise ConfigError: another size, reserved bits that are set, or a vector that is not there.
         """
@@ -163,6 +162,4 @@ class MsixTable:
             table[place] > 1 or any(table[place + 1 : place + 4]) for place in range(12, len(table), 16)
         )
         if len(table) != len(self.table) or reserved or any(vector >= self.vectors for vector in pending):
-            raise ConfigError("snapshot: the MSI-X table cannot be")
-        self.table[:] = table
-        self.pending = pending
+            raise ConfigError("snapshot: the MSI-X table is not that of this function")

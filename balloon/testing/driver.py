@@ -334,12 +334,16 @@ class Driver:
         self._pages(Role.DEFLATE, pages)
 
     def report(self, ranges: Iterable[tuple[int, int]], *, indirect: bool | None = None) -> None:
-        """Report free ranges, (guest address, size in bytes): 32 in a chain, as Linux does."""
+        """Report free ranges, (guest address, size in bytes): 32 in a chain, as Linux does, or fewer.
+
+        A chain of direct descriptors is no longer than the ring.
+        """
         queue = self.queues[Role.REPORTING]
         use_table = queue.indirect if indirect is None else indirect
         rows = list(ranges)
-        for start in range(0, len(rows), 32):
-            chain = [(address, size, True) for address, size in rows[start : start + 32]]
+        most = min(32, queue.size)
+        for start in range(0, len(rows), most):
+            chain = [(address, size, True) for address, size in rows[start : start + most]]
             head = queue.post(chain, indirect=use_table)
             self.kick(Role.REPORTING)
             self.wait(Role.REPORTING, [head])
