@@ -186,10 +186,10 @@ class Transport:
         """Do what an access has left to do; returns in how many seconds there is more, None if there is not.
 
         That is the rest of a queue that takes longer than one exit should, a queue that waits for the reclaim
-        rate, a reset that took too long, an interrupt that could not be sent; and interrupts of a worker where
-        `call_eventfd` says so. With no worker a VMM calls it while `pending` is true, again after as many
-        seconds as it returns. After guest memory was added or removed it tells the driver of a target that has
-        changed with it.
+        rate, a reset that took too long, an interrupt that could not be sent; and interrupts of a worker
+        where `call_eventfd` says so. With no worker a VMM calls it while `pending` is true, again after as
+        many seconds as it returns. After guest memory was added or removed it tells the driver of a target
+        that has changed with it.
         """
         with self._lock:
             self._go_on()

@@ -17,7 +17,7 @@ import logging
 import operator
 import threading
 from collections.abc import Mapping
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from balloon._plane import DataPlane, check_outside_hook
 from balloon._queue import DataQueue
@@ -466,7 +466,7 @@ class VirtioDevice:
             )
             self._run(index, role, ring)
 
-    def _ring(self, accepted: Feature, **where: int) -> SplitRing:
+    def _ring(self, accepted: Feature, **where: Any) -> SplitRing:
         """The ring of a driver that accepted these features. Under memory's lock."""
         return SplitRing(
             self.memory.map,
