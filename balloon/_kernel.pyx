@@ -10,6 +10,9 @@ child of a fork must not use. Linux before 6.13 refuses both.
 cimport cython
 from libc.errno cimport ENOMEM, EOPNOTSUPP, EPERM, errno
 from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdio cimport FILE, fclose, fopen, snprintf
+from libc.stdlib cimport free, strtol
+from libc.string cimport strchr, strcmp, strncmp, strstr
 
 import errno as errors
 import os
@@ -33,13 +36,26 @@ cdef extern from "<sys/vfs.h>" nogil:
         long f_bsize
     int c_fstatfs "fstatfs"(int fd, statfs_t *found)
 
+cdef extern from "<stdio.h>" nogil:
+    ssize_t getline(char **line, size_t *room, FILE *file)
+
+cdef extern from "<sys/stat.h>" nogil:
+    cdef struct statx_t "statx":
+        unsigned short stx_mode
+    int c_statx "statx"(int folder, const char *path, int flags, unsigned int mask, statx_t *found)
+    unsigned int STATX_TYPE
+    int S_IFMT, S_IFREG
+
 cdef extern from "<fcntl.h>" nogil:
+    int c_fcntl "fcntl"(int fd, int command, ...)
+    int AT_EMPTY_PATH, AT_STATX_DONT_SYNC, F_GET_SEALS
     int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length)
     int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 cdef extern from "<unistd.h>" nogil:
     int c_close "close"(int fd)
     pid_t getpid()
+    ssize_t c_readlink "readlink"(const char *path, char *target, size_t room)
     long sysconf(int name)
     int _SC_PAGESIZE
 
@@ -59,6 +75,9 @@ cdef extern from *:
     #else
     #define BALLOON_COMPILER "GCC " __VERSION__
     #endif
+    static const char *const LOCAL_FILE_SYSTEMS[] = {
+        "ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "overlay", NULL
+    };
     static int balloon_pidfd_open(pid_t pid) { return (int)syscall(SYS_pidfd_open, pid, 0U); }
     static ssize_t balloon_process_madvise(int pidfd, const struct iovec *v, size_t n, int advice) {
         return syscall(SYS_process_madvise, pidfd, v, n, advice, 0U);
@@ -66,6 +85,7 @@ cdef extern from *:
     """
     const char *BALLOON_COMPILER
     long CYTHON_HEX_VERSION
+    const char *const *LOCAL_FILE_SYSTEMS
     int balloon_pidfd_open(pid_t pid) nogil
     ssize_t balloon_process_madvise(int pidfd, const iovec *vectors, size_t count, int advice) nogil
 
@@ -279,6 +299,101 @@ def probe_punch(int fd, uint64_t page):
     if c_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, end, <off_t>page) == 0:
         return 0
     return errno
+
+
+cdef int file_type(int fd) noexcept nogil:
+    """The type bits of a file's mode as they are cached, so that no server is asked; -1 if there are none."""
+    cdef statx_t found
+    if c_statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, STATX_TYPE, &found) != 0:
+        return -1
+    return found.stx_mode & S_IFMT
+
+
+cdef long find_mount(int fd) noexcept nogil:
+    """The id of the mount that a file was opened through, or -1; asks /proc, and not its file system."""
+    cdef char path[64]
+    cdef char *line = NULL
+    cdef size_t room = 0
+    cdef long found = -1
+    snprintf(path, sizeof(path), b"/proc/self/fdinfo/%d", fd)
+    cdef FILE *file = fopen(path, b"re")
+    if file == NULL:
+        return -1
+    while found < 0 and getline(&line, &room, file) > 0:
+        if strncmp(line, b"mnt_id:", 7) == 0:
+            found = strtol(line + 7, NULL, 10)
+    free(line)
+    fclose(file)
+    return found
+
+
+cdef bint is_local(long mount) noexcept nogil:
+    """Whether a mount of this process's namespace is of a file system that asks no other process or host."""
+    cdef size_t number = 0
+    cdef char *line = NULL
+    cdef char *end
+    cdef char *kind
+    cdef size_t room = 0
+    cdef bint found = False
+    cdef FILE *file = fopen(b"/proc/self/mountinfo", b"re")
+    if file == NULL:
+        return False
+    while getline(&line, &room, file) > 0:
+        if strtol(line, NULL, 10) != mount:
+            continue
+        kind = strstr(line, b" - ")  # a space in a path is written as \040
+        end = strchr(kind + 3, b' ') if kind != NULL else NULL
+        if end != NULL:
+            end[0] = 0
+            while LOCAL_FILE_SYSTEMS[number] != NULL and strcmp(LOCAL_FILE_SYSTEMS[number], kind + 3) != 0:
+                number += 1
+            found = LOCAL_FILE_SYSTEMS[number] != NULL
+        break
+    free(line)
+    fclose(file)
+    return found
+
+
+def file_kind(int fd):
+    """What a file is that a stranger has handed over, found out by calls that cannot wait for its owner.
+
+    * "memory": a memfd, or a file of tmpfs or hugetlbfs: the kernel's own.
+    * "regular": a regular file of a local disk that is mounted here.
+    * "unknown": anything else. Any further call on it may wait for ever.
+
+    No call that reaches the file system of the fd is made before that is known: fstat(2) and fstatfs(2) of
+    FUSE, NFS and 9p ask a server. Without /proc there is no "regular".
+    """
+    cdef int kind = 0
+    cdef long mount
+    with nogil:
+        if c_fcntl(fd, F_GET_SEALS) >= 0:  # shared memory and hugetlbfs alone have seals
+            kind = 1
+        else:
+            mount = find_mount(fd)
+            if mount >= 0 and is_local(mount) and file_type(fd) == S_IFREG:
+                kind = 2
+    return ("unknown", "memory", "regular")[kind]
+
+
+def is_eventfd(int fd):
+    """Whether an fd is an eventfd, found out by calls that cannot wait for its owner.
+
+    Without /proc any anonymous inode is taken for one: a timerfd and an epoll fd refuse to be written to.
+    """
+    cdef char path[64]
+    cdef char target[64]
+    cdef ssize_t length
+    cdef bint found
+    with nogil:
+        snprintf(path, sizeof(path), b"/proc/self/fd/%d", fd)
+        length = c_readlink(path, target, sizeof(target) - 1)
+        if length >= 0:
+            target[length] = 0
+            found = strcmp(target, b"anon_inode:[eventfd]") == 0
+        else:
+            found = c_readlink(b"/proc/self", target, sizeof(target)) < 0 and file_type(fd) == 0
+    return bool(found)
 
 
 def _set_system_calls(uintptr_t madvise=0, uintptr_t process_madvise=0, uintptr_t fallocate=0):
