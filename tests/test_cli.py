@@ -36,16 +36,37 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("0", 0), ("4096", 4096), ("512M", 512 << 20), ("2g", 2 << 30), ("1 KiB", 1024), ("3TB", 3 << 40)],
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("4096B", 4096),
+        ("1000000000", 10**9),
+        ("512M", 512 << 20),
+        ("512MiB", 512 << 20),
+        ("512MB", 512 * 10**6),
+        ("2g", 2 << 30),
+        ("1.5G", 3 << 29),
+        ("0.1GB", 10**8),
+        ("1 KiB", 1024),
+        ("1 kB", 1000),
+        ("3TB", 3 * 10**12),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert cli.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "-1", "M", "1.5G", "1P", "0x10", "1 M M"])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "M", "1.5", "1iB", "1P", "0x10", "1 M M", "1..5G", "1e9", "\u0663M"]
+)
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+    with pytest.raises(argparse.ArgumentTypeError, match="invalid size"):
         cli.parse_size(text)
+
+
+def test_a_target_is_rounded_down_to_whole_pages() -> None:
+    options = cli.make_parser().parse_args(["serve", "--socket-path=x", "--target=1000000000"])
+    assert options.target == 10**9 // 4096 * 4096
 
 
 def test_the_version_alone_is_one_line() -> None:
@@ -108,11 +129,11 @@ def test_print_capabilities_ignores_other_options() -> None:
         (("serve", "--socket-path=/tmp/x", "--fd=0"), "one of them"),
         (("serve", "--socket-path=/nowhere/at/all"), "/nowhere/at/all"),
         (("serve", "--fd=99"), "99"),
-        (("serve", "--socket-path=/tmp/x", "--target=5"), "multiple of 4096"),
-        (("serve", "--socket-path=/tmp/x", "--target=much"), "is no size"),
-        (("serve", "--socket-path=/tmp/x", "--stats-interval=-1"), "is no time"),
-        (("serve", "--socket-path=/tmp/x", "--stats-interval=nan"), "is no time"),
-        (("serve", "--socket-path=/tmp/x", "--stats-interval=often"), "is no time"),
+        (("serve", "--socket-path=/tmp/x", "--memory-max=0"), "must be positive"),
+        (("serve", "--socket-path=/tmp/x", "--target=much"), "invalid size"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=-1"), "invalid time"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=nan"), "invalid time"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=often"), "invalid time"),
         (("serve", "--socket-path=/tmp/x", "--stats-interval=1", "--no-stats"), "needs statistics"),
     ],
 )

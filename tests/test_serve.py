@@ -440,15 +440,31 @@ def test_front_end_that_sends_without_end_does_not_block_another(running: Runnin
         assert noisy.read_reply(Request.GET_FEATURES)
 
 
-def test_there_is_a_limit_to_front_ends(run: Callable[..., Running], path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(serve, "SESSIONS_MAX", 2)
-    run()
+def test_a_guest_that_runs_is_never_dropped_for_another(run: Callable[..., Running], path: Path) -> None:
+    run(sessions_max=2)
     with FrontEnd.connect(path) as one, FrontEnd.connect(path) as two:
         for front_end in (one, two):
-            front_end.ask_u64(Request.GET_FEATURES)
+            front_end.start_like_uml()
+        two.rmmod_like_uml()  # it has run, and may again
         with FrontEnd.connect(path) as three:
             assert three.is_gone()
-        one.ask_u64(Request.GET_FEATURES)
+        for front_end in (one, two):
+            front_end.ask_u64(Request.GET_FEATURES)
+
+
+def test_idle_strangers_make_room_for_a_guest(run: Callable[..., Running], path: Path) -> None:
+    running = run(sessions_max=2)
+    with FrontEnd.connect(path) as speaks, FrontEnd.connect(path) as silent:
+        speaks.ask_u64(Request.GET_FEATURES)
+        wait_until(lambda: len(running.server.sessions) == 2)
+        with FrontEnd.connect(path) as one, FrontEnd.connect(path) as two:
+            one.start_like_uml()
+            assert silent.is_gone()  # what has come least far goes first
+            speaks.ask_u64(Request.GET_FEATURES)
+            two.start_like_uml()
+            assert speaks.is_gone()
+            assert "another front-end took the place" in running.wait("disconnected")["reason"]
+            one.ask_u64(Request.GET_FEATURES)
 
 
 # What a front-end can do wrong.
@@ -759,7 +775,7 @@ def test_events_tell_the_story(run: Callable[..., Running], path: Path) -> None:
     assert started["session"] == gone["session"] == 1
     assert gone["regions"][0]["size"] == 64 * MIB
     assert set(gone) == {
-        "event", "session", "reason", "counters", "actual_bytes", "target_bytes", "regions",
+        "event", "session", "reason", "counters", "actual_bytes", "target_bytes", "slow", "regions",
     }  # fmt: skip
 
 
@@ -862,7 +878,7 @@ def test_fd_or_path(path: Path) -> None:
         Server()
     with pytest.raises(ConfigError, match="either"):
         Server(path, fd=0)
-    with pytest.raises(ConfigError, match="is no socket"), open("/dev/null") as file:
+    with pytest.raises(ConfigError, match="is not a socket"), open("/dev/null") as file:
         Server(fd=file.fileno())
 
 

@@ -1,0 +1,150 @@
+"""What one front-end may take of what all share: fds, mapped bytes, and time of the event loop.
+
+Over its budget a session is refused or made to wait; no other session notices (docs/security.md).
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from typing import Final
+
+__all__ = [
+    "FDS_PER_SESSION",
+    "REGION_FDS",
+    "Pool",
+    "Share",
+    "Turns",
+    "available_fds",
+    "raise_fd_limit",
+    "session_fds",
+]
+
+FDS_PER_SESSION: Final = 32
+"""Fds set aside for each session: the connection, its channel, four for each of five rings, three for a
+worker of its own, and FDS_IN_PASSING. Regions are counted beside these."""
+FDS_IN_PASSING: Final = 6
+"""Fds of messages that are part of FDS_PER_SESSION."""
+REGION_FDS: Final = 1
+"""Fds that one region of guest memory holds."""
+RESERVED_FDS: Final = 32
+"""Fds that no session gets: for the listener, the worker, the event loop and the program's output."""
+
+SHARE: Final = 0.2
+"""Part of the loop's time for all sessions together that have used up their own."""
+RATE: Final = 0.1
+"""Part of the loop's time that each session has for itself."""
+FIRST_SECONDS: Final = 0.02
+"""Loop time that a new session has to begin with."""
+MOST_SECONDS: Final = 0.1
+"""Loop time that a session can save up."""
+PAUSE_MAX_SECONDS: Final = 1.0
+ACTIVE_SECONDS: Final = 1.0
+"""How long after its last message a session counts as active."""
+
+
+def session_fds(more: int = 0) -> int:
+    """Return the budget of a session that needs so many fds for its regions and its messages."""
+    return FDS_PER_SESSION + max(0, more - FDS_IN_PASSING)
+
+
+def available_fds() -> int:
+    """Return how many fds this process can still open, less those that are reserved for itself."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        used = RESERVED_FDS
+    limit = 1 << 20 if soft == resource.RLIM_INFINITY else soft
+    return max(0, limit - used - RESERVED_FDS)
+
+
+def raise_fd_limit() -> None:
+    """Raise the soft limit of open fds to the hard one. A program decides this; a library does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):  # a hard limit above what the kernel gives out now
+            return
+
+
+class Pool:
+    """An amount that owners share. Each owner sets how much of it is its own."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._used: dict[object, int] = {}
+
+    @property
+    def left(self) -> int:
+        """What no owner has."""
+        return self.total - sum(self._used.values())
+
+    @property
+    def spare(self) -> int:
+        """What is left beside the last eighth."""
+        return self.left - self.total // 8
+
+    def take(self, owner: object, amount: int, *, last: bool = True) -> bool:
+        """Let an owner have at least this amount; False, and no change, if more is wanted than is left.
+
+        Only with `last` may it come out of the last eighth.
+        """
+        more = amount - self._used.get(owner, 0)
+        if more <= 0:
+            return True
+        if more > (self.left if last else self.spare):
+            return False
+        self._used[owner] = amount
+        return True
+
+    def shrink(self, owner: object, amount: int) -> None:
+        """Let an owner have no more than this amount."""
+        if owner in self._used:
+            self._used[owner] = min(self._used[owner], amount)
+
+    def free(self, owner: object) -> None:
+        """Give back all that an owner has."""
+        self._used.pop(owner, None)
+
+
+class Turns:
+    """Who used the loop of late, and how many have used up their own time: shared by all `Share`."""
+
+    def __init__(self) -> None:
+        self.paused = 0
+        """How many sessions pause now."""
+        self._last: tuple[object, float] = (None, 0.0)
+        self._other: tuple[object, float] = (None, 0.0)
+
+    def note(self, who: object, now: float) -> bool:
+        """Note that somebody used the loop; return whether anybody else did within ACTIVE_SECONDS."""
+        if self._last[0] is not who:
+            self._other = self._last
+        self._last = (who, now)
+        return self._other[0] is not None and now - self._other[1] < ACTIVE_SECONDS
+
+
+class Share:
+    """The loop time of one session: a rate of its own, and beyond that a part of what all such ones share."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._credit = FIRST_SECONDS
+        self._since = time.monotonic()
+
+    def charge(self, seconds: float) -> float:
+        """Take loop time off the credit; return for how many seconds nothing more is to be read."""
+        now = time.monotonic()
+        self._credit = min(MOST_SECONDS, self._credit + RATE * (now - self._since)) - seconds
+        self._since = now
+        others = self._turns.note(self, now)
+        if self._credit >= 0:
+            return 0.0
+        if not others:  # nobody is harmed
+            self._credit = 0.0
+            return 0.0
+        self._credit = max(-MOST_SECONDS, self._credit)
+        return min(PAUSE_MAX_SECONDS, seconds * (self._turns.paused + 1) / SHARE)
