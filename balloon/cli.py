@@ -26,6 +26,7 @@ from balloon._kernel import built_with, kernel_path
 from balloon.budget import raise_fd_limit
 from balloon.demo import MIB, Moment, Story, run_driver_story, run_uml_story
 from balloon.device import Balloon
+from balloon.disposal import Disposal
 from balloon.errors import BalloonError
 from balloon.memory import GuestMemory
 from balloon.output import LimitedHandler, Output
@@ -47,7 +48,9 @@ def parse_size(text: str) -> int:
     """Bytes; with K, M, G, T or KiB ... as binary multiples, with KB, MB, GB, TB as decimal ones."""
     match = SIZE.fullmatch(text.strip())
     if match is None or (not match[2] and ("." in match[1] or (match[3] or "").lower() == "ib")):
-        raise argparse.ArgumentTypeError(fX)
+        raise argparse.ArgumentTypeError(
+            f"invalid size {text!r}: give bytes, or a number with a unit: 512M, 1.5G, 2GiB (binary), 2GB"
+        )
     units = DECIMAL if (match[3] or "").lower() == "b" else BINARY
     return int(Decimal(match[1]) * units[match[2].upper()])
 
@@ -103,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--json",
         action="store_true",
-        help="print a JSON line for each event; those that nobody reads in time are dropped and counted",
+        help="print a JSON line for each event; what nobody reads is dropped, and counted",
     )
     for name, default, text in (
         ("reporting", True, "free page reporting"),
@@ -124,9 +127,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=parse_target,
         default=0,
         metavar="SIZE",
-        help="what the balloon is to hold, taken from the guest, rounded down to 4096 bytes (default: 0). A SIZE "
-        "is in bytes, or has a unit: K, M, G, T and KiB, MiB, GiB, TiB are binary, KB, MB, GB, TB decimal; "
-        "1.5G is valid",
+        help="what the balloon is to hold, taken from the guest, rounded down to 4096 bytes (default: 0). SIZE "
+        "is in bytes or has a unit, as in 1.5G: K, M, G, T and KiB ... TiB are binary, KB ... TB decimal",
     )
     serve.add_argument(
         "--memory-max",
@@ -145,8 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--any-file",
         action="store_true",
-        help="take guest memory in files of any file system (default: memfd, tmpfs, hugetlbfs and local disks, "
-        "since a file on FUSE or NFS may never answer)",
+        help="take guest memory in files of any file system, also of one that may never answer, such as FUSE "
+        "or NFS (default: memfd, tmpfs, hugetlbfs and local disks)",
     )
     serve.add_argument(
         "--stats-interval",
@@ -259,6 +261,7 @@ def serve(options: argparse.Namespace) -> int:
             any_file=options.any_file,
             memory_max=options.memory_max,
             memory_max_total=options.memory_max_total,
+            dispose=os.close if disposal is None else disposal.close_fd,
         )
         server.set_stats_interval(options.stats_interval)
         loop = asyncio.get_running_loop()
@@ -276,6 +279,9 @@ def serve(options: argparse.Namespace) -> int:
 
     status = 0
     left: tuple[str, ...] = ()
+    disposal: Disposal | None = None
+    with contextlib.suppress(OSError):
+        disposal = Disposal()  # before there are threads
     raise_fd_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
@@ -286,8 +292,13 @@ def serve(options: argparse.Namespace) -> int:
         log.write(f"balloon: {error}\n")
         status = 1
     handler.finish()
-    if not (events.close(FLUSH_SECONDS) & log.close(FLUSH_SECONDS)) or left:
-        os._exit(status)  # a thread is stuck, and an orderly end would wait for it
+    done = events.close(FLUSH_SECONDS) & log.close(FLUSH_SECONDS)
+    if disposal is not None:
+        disposal.close()
+        if disposal.used:  # what is stuck shares our fds: the readers of our output are to see its end
+            os.closerange(0, 3)
+    if left or not done or (disposal is not None and disposal.used):
+        os._exit(status)  # something is stuck, and an orderly end would wait for it
     return status
 
 

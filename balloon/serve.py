@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import select
 import socket
 import time
@@ -66,8 +67,11 @@ class Server:
     `memory_max` and `memory_max_total` bound the bytes of guest memory that one front-end, and all together,
     may map. `sessions_max` bounds the front-ends; None: as many as there are fds for (RLIMIT_NOFILE).
 
+    `dispose` closes fds of kinds whose close(2) may never return. By default a thread does, which a process
+    cannot end without: see `balloon.disposal` for another way.
+
     :raise ConfigError: neither or both of `path` and `fd` are given, the fd is not a UNIX stream socket,
-        `make_device` or `on_event` is not callable, or a bound is below 1.
+        `make_device`, `on_event` or `dispose` is not callable, or a bound is below 1.
     """
 
     def __init__(
@@ -83,10 +87,11 @@ class Server:
         memory_max: int = MEMORY_MAX,
         memory_max_total: int = MEMORY_MAX_TOTAL,
         sessions_max: int | None = None,
+        dispose: Callable[[int], object] = os.close,
     ) -> None:
         if (path is None) == (fd is None):
             raise ConfigError("a server has either a path or an fd")
-        for name, function in (("make_device", make_device), ("on_event", on_event)):
+        for name, function in (("make_device", make_device), ("on_event", on_event), ("dispose", dispose)):
             if function is not None and not callable(function):
                 raise ConfigError(f"{name} is not callable: {function!r}")
         for name, bound in (
@@ -99,6 +104,7 @@ class Server:
         self.path = None if path is None else Path(path)
         self.make_device = make_device
         self.any_file = any_file
+        self.dispose = dispose
         self.memory_max = memory_max
         self.owners: dict[DataQueue, Session] = {}
         """Which session has a queue that is attached; for the sessions' use."""

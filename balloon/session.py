@@ -76,6 +76,10 @@ class Host(Protocol):
         """Makes the device of one front-end."""
 
     @property
+    def dispose(self) -> Callable[[int], object]:
+        """Closes an fd whose close(2) may never return."""
+
+    @property
     def any_file(self) -> bool:
         """Whether guest memory may lie in a file of any file system."""
 
@@ -360,7 +364,7 @@ class Session(Guest):
         """Close fds of the front-end's where nobody waits for it."""
         gone = fds[:]
         fds.clear()
-        self._aside.submit(lambda: sockets.close_fds(gone))
+        self._aside.submit(lambda: sockets.close_fds(gone, self._server.dispose))
 
     def _perform(self, actions: Iterable[do.Action], fds: list[int]) -> do.Waiting | None:
         """Carry out what takes no time; return the action that does, if there is one. It is the last."""
@@ -650,7 +654,7 @@ class Session(Guest):
 
     def _drop_connection(self) -> None:
         self._socket.close()
-        sockets.close_fds(self._inbox.fds)
+        sockets.close_fds(self._inbox.fds, self._server.dispose)
 
     def _free(self) -> None:
         """Free what may take its time; in the background."""

@@ -16,11 +16,11 @@ import select
 import socket
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from balloon._kernel import is_eventfd
+from balloon._kernel import file_kind, is_eventfd
 from balloon.errors import ConfigError, PeerError
 from balloon.vhost_user import messages as wire
 from balloon.vhost_user.messages import Header, Message, Request
@@ -301,15 +301,19 @@ def is_signal_fd(fd: int) -> bool:
     return is_eventfd(fd) or is_unix_stream(fd)
 
 
-def close_fds(fds: list[int]) -> None:
-    """Close fds and empty their list.
+def close_fds(fds: list[int], dispose: Callable[[int], object] = os.close) -> None:
+    """Close fds and empty their list; those whose close(2) may never return are left to `dispose`.
 
     :raise OSError: one of them could not be closed in order (the first such); all others are closed.
     """
     problem: OSError | None = None
     while fds:
+        fd = fds.pop()
         try:
-            os.close(fds.pop())
+            if is_signal_fd(fd) or file_kind(fd) != "unknown":
+                os.close(fd)
+            else:
+                dispose(fd)
         except OSError as error:
             problem = problem or error
     if problem is not None:

@@ -38,7 +38,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("transport",),
     ("mmio", "pci", "vhost_user"),
     ("testing",),
-    ("control", "metrics", "plot", "sockets", "guest", "aside", "budget", "output"),
+    ("control", "metrics", "plot", "sockets", "guest", "aside", "budget", "output", "disposal"),
     ("session",),
     ("serve", "demo"),
     ("__init__",),
