@@ -13,6 +13,7 @@ from typing import Final
 __all__ = [
     "FDS_PER_SESSION",
     "REGION_FDS",
+    "Bucket",
     "Pool",
     "Share",
     "Turns",
@@ -31,14 +32,16 @@ REGION_FDS: Final = 1
 RESERVED_FDS: Final = 32
 """Fds that no session gets: for the listener, the worker, the event loop and the program's output."""
 
+RATES: Final = 0.3
+"""Part of the loop's time that is divided among all sessions that are active: each may save its own up."""
 SHARE: Final = 0.2
-"""Part of the loop's time for all sessions together that have used up their own."""
-RATE: Final = 0.1
-"""Part of the loop's time that each session has for itself."""
+"""Part of the loop's time for all sessions together that have used up their own and have more to say."""
 FIRST_SECONDS: Final = 0.02
 """Loop time that a new session has to begin with."""
 MOST_SECONDS: Final = 0.1
 """Loop time that a session can save up."""
+PAUSE_COST_SECONDS: Final = 2e-4
+"""Loop time that a pause and what is around a message cost beside the message."""
 PAUSE_MAX_SECONDS: Final = 1.0
 ACTIVE_SECONDS: Final = 1.0
 """How long after its last message a session counts as active."""
@@ -110,21 +113,42 @@ class Pool:
         self._used.pop(owner, None)
 
 
+class Bucket:
+    """Lets so much through at once, and so much a second in the long run. Not for several threads."""
+
+    def __init__(self, burst: float, rate: float) -> None:
+        self._burst = burst
+        self._rate = rate
+        self._credit = burst
+        self._since = time.monotonic()
+
+    def take(self, amount: float = 1) -> bool:
+        """Take an amount, if there is any credit; the last taker may overdraw."""
+        now = time.monotonic()
+        self._credit = min(self._burst, self._credit + self._rate * (now - self._since))
+        self._since = now
+        if self._credit <= 0:
+            return False
+        self._credit -= amount
+        return True
+
+
 class Turns:
-    """Who used the loop of late, and how many have used up their own time: shared by all `Share`."""
+    """Who uses the event loop, and how many sessions pause: shared by all `Share`."""
 
     def __init__(self) -> None:
         self.paused = 0
         """How many sessions pause now."""
-        self._last: tuple[object, float] = (None, 0.0)
-        self._other: tuple[object, float] = (None, 0.0)
+        self._active: dict[object, float] = {}
+        self._looked = 0.0
 
-    def note(self, who: object, now: float) -> bool:
-        """Note that somebody used the loop; return whether anybody else did within ACTIVE_SECONDS."""
-        if self._last[0] is not who:
-            self._other = self._last
-        self._last = (who, now)
-        return self._other[0] is not None and now - self._other[1] < ACTIVE_SECONDS
+    def note(self, who: object, now: float) -> int:
+        """Note that somebody used the loop; return how many did within the last seconds."""
+        self._active[who] = now
+        if now - self._looked > ACTIVE_SECONDS:
+            self._looked = now
+            self._active = {one: last for one, last in self._active.items() if now - last < ACTIVE_SECONDS}
+        return len(self._active)
 
 
 class Share:
@@ -136,15 +160,14 @@ class Share:
         self._since = time.monotonic()
 
     def charge(self, seconds: float) -> float:
-        """Take loop time off the credit; return for how many seconds nothing more is to be read."""
+        """Take CPU time off the credit; return for how long a session that always has more to say pauses."""
         now = time.monotonic()
-        self._credit = min(MOST_SECONDS, self._credit + RATE * (now - self._since)) - seconds
+        active = self._turns.note(self, now)
+        self._credit = min(MOST_SECONDS, self._credit + RATES / active * (now - self._since)) - seconds
         self._since = now
-        others = self._turns.note(self, now)
         if self._credit >= 0:
             return 0.0
-        if not others:  # nobody is harmed
-            self._credit = 0.0
+        self._credit = 0.0
+        if active == 1:  # nobody is harmed
             return 0.0
-        self._credit = max(-MOST_SECONDS, self._credit)
-        return min(PAUSE_MAX_SECONDS, seconds * (self._turns.paused + 1) / SHARE)
+        return min(PAUSE_MAX_SECONDS, (seconds + PAUSE_COST_SECONDS) * (self._turns.paused + 1) / SHARE)

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import balloon
 from balloon._kernel import built_with, kernel_path
@@ -29,7 +28,7 @@ from balloon.device import Balloon
 from balloon.disposal import Disposal
 from balloon.errors import BalloonError
 from balloon.memory import GuestMemory
-from balloon.output import LimitedHandler, Output
+from balloon.output import LimitedEvents, LimitedHandler, Output
 from balloon.serve import MEMORY_MAX, MEMORY_MAX_TOTAL, Server
 from balloon.testing.uml_files import UmlUnavailable
 
@@ -127,8 +126,9 @@ def make_parser() -> argparse.ArgumentParser:
         type=parse_target,
         default=0,
         metavar="SIZE",
-        help="what the balloon is to hold, taken from the guest, rounded down to 4096 bytes (default: 0). SIZE "
-        "is in bytes or has a unit, as in 1.5G: K, M, G, T and KiB ... TiB are binary, KB ... TB decimal",
+        help="what the balloon is to hold, taken from the guest; rounded down to 4096 bytes (default: 0). "
+        "A SIZE is in bytes or has a unit: K, M, G, T and KiB ... TiB are binary, KB ... TB decimal; "
+        "1.5G is valid",
     )
     serve.add_argument(
         "--memory-max",
@@ -248,16 +248,13 @@ def serve(options: argparse.Namespace) -> int:
             target_bytes=options.target,
         )
 
-    def tell(event: dict[str, Any]) -> None:
-        events.write(json.dumps(event) + "\n")
-
     async def run() -> tuple[str, ...]:
         server = Server(
             options.socket_path,
             fd=options.fd,
             make_device=make_device,
             once=options.once,
-            on_event=tell if options.json else None,
+            on_event=LimitedEvents(events) if options.json else None,
             any_file=options.any_file,
             memory_max=options.memory_max,
             memory_max_total=options.memory_max_total,

@@ -7,6 +7,7 @@ the reader does not take is dropped and counted.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import select
@@ -14,14 +15,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["LimitedHandler", "Output"]
+from balloon.budget import Bucket
+
+__all__ = ["LimitedEvents", "LimitedHandler", "Output"]
 
 QUEUED_BYTES_MAX: Final = 1 << 20
 """Bytes of lines that wait for the reader; those beyond are dropped."""
 RETRY_SECONDS: Final = 1.0
 """After how long writing goes on after an error such as a full disk."""
+CONNECTIONS_BURST: Final = 200
+"""Connections that are told of at once."""
+CONNECTIONS_PER_SECOND: Final = 1.0
+"""Connections that are told of in the long run."""
 LINES_BURST: Final = 100
 """Lines that the log takes at once."""
 LINES_PER_SECOND: Final = 0.5
@@ -133,6 +140,42 @@ class Output:
         return None
 
 
+class LimitedEvents:
+    """Hands events to an `Output` as JSON lines, so that connections of strangers cannot fill a disk.
+
+    Beyond `CONNECTIONS_BURST`, or `CONNECTIONS_PER_SECOND` in the long run, connections are told of only once
+    their guest has started. A "suppressed" event before the next "connected" event counts them.
+    """
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._bucket = Bucket(CONNECTIONS_BURST, CONNECTIONS_PER_SECOND)
+        self._hidden: dict[Any, dict[str, Any]] = {}
+        self._suppressed = 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Write an event, or hide it."""
+        kind, session = event["event"], event.get("session")
+        if kind == "connected":
+            if not self._bucket.take():
+                self._hidden[session] = event
+                self._suppressed += 1
+                return
+            if self._suppressed:
+                self._write({"event": "suppressed", "connections": self._suppressed})
+                self._suppressed = 0
+        elif session in self._hidden:
+            connected = self._hidden.pop(session)
+            if kind == "disconnected":
+                return
+            self._suppressed -= 1
+            self._write(connected)
+        self._write(event)
+
+    def _write(self, event: dict[str, Any]) -> None:
+        self._output.write(json.dumps(event) + "\n")
+
+
 class LimitedHandler(logging.Handler):
     """Hands log lines to an `Output`, `LINES_BURST` at once and `LINES_PER_SECOND` in the long run.
 
@@ -142,8 +185,7 @@ class LimitedHandler(logging.Handler):
     def __init__(self, output: Output) -> None:
         super().__init__()
         self._output = output
-        self._credit = float(LINES_BURST)
-        self._since = time.monotonic()
+        self._bucket = Bucket(LINES_BURST, LINES_PER_SECOND)
         self._suppressed = 0
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -152,13 +194,9 @@ class LimitedHandler(logging.Handler):
             text = self.format(record)
         except Exception as error:  # an argument that cannot be formatted
             text = f"{record.msg!r}: {error!r}"
-        now = time.monotonic()
-        self._credit = min(float(LINES_BURST), self._credit + LINES_PER_SECOND * (now - self._since))
-        self._since = now
-        if self._credit < 1:
+        if not self._bucket.take(1 + text.count("\n")):
             self._suppressed += 1
             return
-        self._credit -= 1 + text.count("\n")
         self.finish()
         self._output.write(text + "\n")
 

@@ -40,6 +40,12 @@ MEMORY_MAX_TOTAL: Final = 64 << 40
 """Bytes of guest memory that all front-ends together may map."""
 ACCEPT_PAUSE_SECONDS: Final = 1.0
 """How long no front-end is accepted after the host had no fd left for one."""
+GRACE_SECONDS: Final = 2.0
+"""How long a front-end has to start before it may be hung up on to make room for another one."""
+ACCEPTS_BURST: Final = 200
+"""Connections that are accepted as fast as they come."""
+ACCEPTS_PER_SECOND: Final = 50.0
+"""Connections that are accepted in the long run: each takes about a millisecond of the event loop."""
 STOP_SECONDS: Final = 0.5
 """How long `Server.run` waits for its front-ends' ends after `stop`, and again for its threads."""
 NOTES_MAX: Final = 10
@@ -126,7 +132,7 @@ class Server:
         self._count = 0
         self._stop = asyncio.Event()
         self._listener: socket.socket | None = None
-        self._accepts = budget.Share(self.turns)
+        self._accepts = budget.Bucket(ACCEPTS_BURST, ACCEPTS_PER_SECOND)
         self._making_room = False
         self._notes: list[float] = []
         self._full: list[float] = []
@@ -268,7 +274,9 @@ class Server:
 
     def _on_connection(self) -> None:
         assert self._listener is not None
-        began = time.monotonic()
+        if not self._accepts.take():
+            self._pause(1 / ACCEPTS_PER_SECOND)
+            return
         if self._is_full() and self._make_room():
             return
         try:
@@ -290,8 +298,6 @@ class Server:
                 self._pause(ACCEPT_PAUSE_SECONDS)
         else:
             self._begin(sock)
-        if pause := self._accepts.charge(time.monotonic() - began):
-            self._pause(pause)
 
     def _is_full(self) -> bool:
         if not self._sessions:
@@ -301,11 +307,15 @@ class Server:
     def _make_room(self) -> bool:
         """Hang up on the oldest of the front-ends that have come least far; False if all are guests that run.
 
-        The new one waits in the listener's backlog until the old one is gone.
+        The new one waits in the listener's backlog until there is room, and others had time to start.
         """
         waiting = [one for one in self._sessions if one.standing < 3 and not one.is_ending]
         if not waiting:
             return False
+        waiting = [one for one in waiting if one.age > GRACE_SECONDS]
+        if not waiting:
+            self._pause(GRACE_SECONDS / 10)
+            return True
         oldest = min(waiting, key=lambda session: (session.standing, session.number))
         self._note(f"front-end {oldest.number} was hung up on to make room: it has not started")
         oldest.hang_up("another front-end took the place: this one has not started")

@@ -43,6 +43,8 @@ __all__ = ["HANDSHAKE_SECONDS", "WARNINGS_MAX", "Event", "Host", "Session"]
 
 HANDSHAKE_SECONDS: Final = 10.0
 """How long a new connection may stay without one whole message, and any message without its end."""
+THINK_SECONDS: Final = 0.0005
+"""A front-end that says nothing for so long after an answer is not paused."""
 RETRY_SECONDS: Final = 0.5
 """After how long a ring is started again for which this process had no fd left."""
 
@@ -134,6 +136,7 @@ class Session(Guest):
         self._watched = False
         self._ending = ""
         self._abandoned = False
+        self._since = time.monotonic()
         self._deadline: asyncio.TimerHandle | None = None
         self._share = budget.Share(server.turns)
         self._spent = 0.0
@@ -156,6 +159,11 @@ class Session(Guest):
         if self.memory.regions:
             return 2
         return 1 if self._messages else 0
+
+    @property
+    def age(self) -> float:
+        """Seconds since it connected."""
+        return time.monotonic() - self._since
 
     @property
     def is_ending(self) -> bool:
@@ -232,7 +240,7 @@ class Session(Guest):
         # A front-end that sends without end must not keep the others waiting: each message costs one turn.
         while True:
             await self._readable()
-            self._clock = time.monotonic()
+            self._clock = time.thread_time()
             try:
                 received = self._inbox.receive()
             except sockets.FdsAhead as ahead:
@@ -295,30 +303,42 @@ class Session(Guest):
             _settle(self._waiting)
 
     async def _rest(self) -> None:
-        """Pause if this front-end has used more of the event loop than its share."""
-        spent, self._spent = self._spent + time.monotonic() - self._clock, 0.0
+        """Pause if this front-end has used more of the event loop than its share, and has more to say.
+
+        One that asks, thinks and asks again is not paused, however often it does.
+        """
+        spent, self._spent = self._spent + time.thread_time() - self._clock, 0.0
         if not (pause := self._share.charge(spent)):
             return
+        await self._sleep(THINK_SECONDS)
+        if not sockets.is_readable(self._socket):
+            return
         self._server.turns.paused += 1
+        try:
+            await self._sleep(pause)
+        finally:
+            self._server.turns.paused -= 1
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, unless the session ends."""
         loop = asyncio.get_running_loop()
         self._pausing = loop.create_future()
-        timer = loop.call_later(pause, _settle, self._pausing)
+        timer = loop.call_later(seconds, _settle, self._pausing)
         try:
             if not self._ending:
                 await self._pausing
         finally:
             timer.cancel()
             self._pausing = None
-            self._server.turns.paused -= 1
 
     async def _run_aside(self, function: Callable[[], T]) -> T:
         """Run what may wait where nobody else waits, and count its CPU time as this session's."""
-        self._spent += time.monotonic() - self._clock
+        self._spent += time.thread_time() - self._clock
         before = self._aside.seconds
         try:
             return await self._aside.run(function)
         finally:
-            self._clock = time.monotonic()
+            self._clock = time.thread_time()
             self._spent += self._aside.seconds - before
 
     async def _handle(self, message: Message, fds: list[int]) -> None:
@@ -403,11 +423,11 @@ class Session(Guest):
             match action:
                 case do.Quiesce(_, indices):
                     self._quiescing.update(indices)
-                    self._spent += time.monotonic() - self._clock
+                    self._spent += time.thread_time() - self._clock
                     try:
                         await self._detach(indices)
                     finally:
-                        self._clock = time.monotonic()
+                        self._clock = time.thread_time()
                 case do.MapTable(_, regions):
                     await self._map(regions, lambda: self.memory.replace(regions), replaces=True)
                 case do.MapRegion(_, region):

@@ -36,6 +36,7 @@ __all__ = [
     "close_fds",
     "identify",
     "is_listening",
+    "is_readable",
     "is_signal_fd",
     "is_unix_stream",
     "listen",
@@ -282,6 +283,13 @@ def borrow(fd: int) -> Iterator[socket.socket]:
         yield sock
     finally:
         sock.detach()
+
+
+def is_readable(sock: socket.socket) -> bool:
+    """Whether something has come, or the end."""
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def is_unix_stream(fd: int) -> bool:

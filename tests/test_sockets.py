@@ -246,9 +246,9 @@ def test_too_many_fds_in_pieces(pair: Pair) -> None:
     data = message(5, bytes(8 + 3 * 32))
     for start, end in ((0, 12), (12, 13), (13, 14)):
         socket.send_fds(pair[1], [data[start:end]], [0] * 2)
+    assert receive(inbox) is None
     with pytest.raises(PeerError, match="more than 3 fds"):
-        for _ in range(3):
-            assert receive(inbox) is None
+        receive(inbox)
     assert len(inbox.fds) == 3
     sockets.close_fds(inbox.fds)
     assert count_fds() == before
@@ -416,7 +416,7 @@ def test_only_eventfds_and_unix_stream_sockets_signal(pair: Pair, tmp_path: Path
 
 
 def test_an_fd_that_is_not_closed_in_order_keeps_no_other_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    fds = [os.dup(0) for _ in range(4)]
+    fds = [os.memfd_create(str(number)) for number in range(4)]
     left = fds[:]
     real = os.close
 
