@@ -98,7 +98,7 @@ class Server:
         if (path is None) == (fd is None):
             raise ConfigError("a server has either a path or an fd")
         for name, function in (("make_device", make_device), ("on_event", on_event), ("dispose", dispose)):
-            if function is not None and not callable(function):
+            if not callable(function) and (function, name) != (None, "on_event"):
                 raise ConfigError(f"{name} is not callable: {function!r}")
         for name, bound in (
             ("memory_max", memory_max),

@@ -257,12 +257,8 @@ class Session(Guest):
         # old regions, the new ones, and the fds that came are there.
         regions = budget.REGION_FDS * len(self.memory.regions)
         fds = (1 + budget.REGION_FDS) * most
-        if not self._server.fds.take(self, budget.session_fds(regions + fds), last=self._served):
-            raise PeerError(
-                f"no room for {most} fds of a message beside {len(self.memory.regions)} regions: "
-                f"{self._server.fds.left} fds are left for all front-ends. Raise RLIMIT_NOFILE"
-            )
-        return await self._run_aside(lambda: self._inbox.receive(fds=True))
+        room = self._server.fds.take(self, budget.session_fds(regions + fds), last=self._served)
+        return await self._run_aside(lambda: self._inbox.receive(fds=True, keep=room))
 
     def _expect(self, otherwise: str | None) -> None:
         """Hang up in a while, for this reason, unless this is called again; None: no more."""
@@ -344,7 +340,7 @@ class Session(Guest):
     async def _handle(self, message: Message, fds: list[int]) -> None:
         try:
             if self._inbox.lost:
-                self._send(self._refuse(message, "there was no room for its fds (RLIMIT_NOFILE)"))
+                self._send(self._refuse(message, "no room for its fds. Raise RLIMIT_NOFILE"))
                 return
             actions = self.backend.receive(message, fds)
             while (waiting := self._perform(actions, fds)) is not None:

@@ -106,8 +106,10 @@ class Inbox:
         """Whether a part of a message was read."""
         return bool(self._data)
 
-    def receive(self, *, fds: bool = False) -> tuple[Message, list[int]] | None:
+    def receive(self, *, fds: bool = False, keep: bool = True) -> tuple[Message, list[int]] | None:
         """Return the next message and its fds, which are the caller's from now on; None if there is none yet.
+
+        With `fds` it reads on where fds are ahead. Without `keep` those of this message are lost.
 
         :raise HungUp: there will be no more.
         :raise FdsAhead: fds come with what is next, or soon after it, and `fds` is false. They were not read.
@@ -115,7 +117,7 @@ class Inbox:
         """
         try:
             while self._header is None or len(self._data) < wire.HEADER_BYTES + self._header.size:
-                self._read_more(fds)
+                self._read_more(fds, keep)
         except BlockingIOError:
             return None
         message = Message(self._header.request, self._header.flags, self._data[wire.HEADER_BYTES :])
@@ -124,7 +126,7 @@ class Inbox:
         self.lost, self._lost = self._lost, False
         return message, taken
 
-    def _read_more(self, fds: bool) -> None:
+    def _read_more(self, fds: bool, keep: bool) -> None:
         seen, flags = self._peek(WINDOW - len(self._data))
         if not seen:
             if not self._data:
@@ -141,7 +143,7 @@ class Inbox:
         elif self._header is None:
             raise PeerError("fds with less than a header: a message's fds come with its whole header")
         else:
-            self._read_with_fds(self._header, size, fds)
+            self._read_with_fds(self._header, size, fds, keep)
 
     def _peek(self, size: int) -> tuple[bytes, int]:
         try:
@@ -150,7 +152,7 @@ class Inbox:
             return b"", 0
         return data, flags
 
-    def _read_with_fds(self, header: Header, size: int, fds: bool) -> None:
+    def _read_with_fds(self, header: Header, size: int, fds: bool, keep: bool) -> None:
         """Read a part of a message where fds are ahead: with this message, or with a later one."""
         name = wire.name_request(header.request)
         most = FDS_WITH.get(header.request, 0)
@@ -158,7 +160,7 @@ class Inbox:
             most = max(0, min(most, (header.size - wire.TABLE_HEADER_BYTES) // wire.REGION_BYTES))
         if not fds:
             raise FdsAhead(most)
-        room = most - len(self.fds)
+        room = most - len(self.fds) if keep else 0
         # Not socket.recv_fds: that of Python 3.11 drops its flags. CMSG_LEN, as CMSG_SPACE may hold one more.
         data, ancillary, flags, _ = self._socket.recvmsg(
             size, socket.CMSG_LEN(room * _INT_BYTES) if room else 0, socket.MSG_CMSG_CLOEXEC
@@ -170,7 +172,7 @@ class Inbox:
         self.fds += got
         self._data += data
         if flags & socket.MSG_CTRUNC:
-            if len(got) == room:
+            if len(got) == room and (keep or not most):
                 raise PeerError(f"{name}: more than {most} fds")
             self._lost = True
 

@@ -246,7 +246,6 @@ def test_too_many_fds_in_pieces(pair: Pair) -> None:
     data = message(5, bytes(8 + 3 * 32))
     for start, end in ((0, 12), (12, 13), (13, 14)):
         socket.send_fds(pair[1], [data[start:end]], [0] * 2)
-    assert receive(inbox) is None
     with pytest.raises(PeerError, match="more than 3 fds"):
         receive(inbox)
     assert len(inbox.fds) == 3
@@ -273,6 +272,15 @@ def test_an_fd_without_room_is_told_and_the_message_is_whole(pair: Pair) -> None
     sockets.close_fds(received[1])
     assert inbox.receive() == (Message(1), [])
     assert not inbox.lost
+
+
+def test_fds_that_are_not_to_be_kept_are_lost_and_the_message_is_whole(pair: Pair) -> None:
+    inbox = Inbox(pair[0])
+    before = count_fds()
+    socket.send_fds(pair[1], [message(37, bytes(40))], [0])
+    assert inbox.receive(fds=True, keep=False) == (Message(37, payload=bytes(40)), [])
+    assert inbox.lost
+    assert count_fds() == before
 
 
 @given(st.lists(st.tuples(st.binary(min_size=1, max_size=40), st.integers(0, 3)), max_size=6))
