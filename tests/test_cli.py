@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import mmap
 import os
 import platform
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -262,6 +265,94 @@ def test_statistics_are_polled_and_printed(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+class Served:
+    """`balloon serve` with a guest that gives statistics, and whatever for its output."""
+
+    def __init__(self, path: Path, *options: str, **streams: int) -> None:
+        self.process = subprocess.Popen([*BALLOON, "serve", f"--socket-path={path}", *options], **streams)  # type: ignore[call-overload]
+        wait_for_socket(path)
+        self.front_end = FrontEnd.connect(path, timeout=20)
+        self.front_end.start_like_uml()
+        self.statistics = Statistics(self.front_end)
+        self.statistics.post({4: 0})
+
+    def end(self) -> int:
+        self.front_end.close()
+        self.process.terminate()
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+
+def test_a_reader_of_events_that_stalls_or_goes_holds_nobody(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    served = Served(
+        tmp_path / "s", "--json", "--stats-interval=0.001", stdout=writing, stderr=subprocess.DEVNULL
+    )
+    os.close(writing)
+    for free in range(200):  # far more than the pipe holds
+        served.statistics.answer({4: free})
+    with FrontEnd.connect(tmp_path / "s", timeout=20) as other:
+        other.start_like_uml()
+    assert served.front_end.read_config_like_uml(0) == 0
+    assert served.end() == 0  # and the end does not wait either
+    os.close(reading)
+
+
+def test_events_that_nobody_reads_any_more_cost_one_line(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with (tmp_path / "log").open("w+") as log:
+        served = Served(
+            tmp_path / "s", "--json", "--stats-interval=0.001", stdout=writing, stderr=log.fileno()
+        )
+        os.close(writing)
+        os.close(reading)
+        for free in range(50):
+            served.statistics.answer({4: free})
+        assert served.end() == 0
+        log.seek(0)
+        assert log.read() == "balloon: nobody reads the events any more: printing ends\n"
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_stranger_who_connects_again_and_again_does_not_fill_the_log(tmp_path: Path, stalled: bool) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    with (tmp_path / "log").open("w+") as log:
+        served = Served(tmp_path / "s", stderr=writing if stalled else log.fileno())
+        os.close(writing)
+        for _ in range(180):
+            with Wire(socket.socket(socket.AF_UNIX), timeout=20).socket as stranger:
+                stranger.connect(str(tmp_path / "s"))
+                stranger.send(struct.pack("=III", 6, 1, 0))
+                stranger.recv(1)
+        assert served.front_end.read_config_like_uml(0) == 0
+        assert served.end() == 0
+        log.seek(0)
+        lines = log.read().splitlines()
+    os.close(reading)
+    if not stalled:
+        assert 50 < len(lines) < 150
+        assert "log lines were suppressed" in lines[-1]
+
+
+def test_the_limit_of_fds_is_raised_to_the_hard_one(tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    process = subprocess.Popen(
+        [*BALLOON, "serve", f"--socket-path={tmp_path / 's'}"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)),
+    )
+    try:
+        wait_for_socket(tmp_path / "s")
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_demo_with_the_driver_as_json() -> None:

@@ -759,15 +759,42 @@ def test_a_front_end_whose_fd_is_stuck_holds_no_other_and_not_the_end(
         assert "left behind: front-end 1" in caplog.text
         assert good.is_gone()
     stuck.leave.set()
-    wait_until(lambda: other._aside.waiting == 0)
-    # What a server that has returned leaves to its program's end.
-    other.memory.close()
-    other._socket.close()
-    sockets.close_fds(other._inbox.fds)
-    for ring in other._rings:
+    free_what_was_left(other)
+
+
+def test_a_discard_that_is_stuck_does_not_hold_the_end(run: Callable[..., Running], path: Path) -> None:
+    held = HeldDiscard()
+    running = run()
+    with FrontEnd.connect(path) as front_end, system_calls(fallocate=held):
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        (one,) = running.server.sessions
+        workers = tuple(running.server._workers)
+        ring = front_end.driver_queue(reporting(front_end))
+        ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
+        front_end.kick(reporting(front_end))
+        assert held.entered.wait(10)
+        running.loop.call_soon_threadsafe(running.server.stop)
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+        assert len(running.server.left) == 2  # the front-end and the worker
+        assert front_end.is_gone()
+        assert not path.exists()
+        held.leave.set()
+        for worker in workers:
+            worker.close()
+    free_what_was_left(one)
+
+
+def free_what_was_left(one: Session) -> None:
+    """Free what a server that has returned leaves to its program's end."""
+    wait_until(lambda: one._aside.waiting == 0)
+    one.memory.close()
+    one._socket.close()
+    sockets.close_fds(one._inbox.fds)
+    for ring in one._rings:
         sockets.close_fds([fd for fd in (ring.kick, ring.call, ring.err) if fd >= 0])
-    if other._channel is not None:
-        other._channel.close()
+    if one._channel is not None:
+        one._channel.close()
 
 
 def test_memory_is_mapped_and_freed_outside_the_event_loop(
