@@ -22,9 +22,9 @@ __all__ = [
     "session_fds",
 ]
 
-FDS_PER_SESSION: Final = 32
-"""Fds set aside for each session: the connection, its channel, four for each of five rings, three for a
-worker of its own, and FDS_IN_PASSING. Regions are counted beside these."""
+FDS_PER_SESSION: Final = 40
+"""Fds set aside for each session: the connection, its channel, five for each of five rings (the worker has
+duplicates), three for a worker of its own, and FDS_IN_PASSING. Regions are counted beside these."""
 FDS_IN_PASSING: Final = 6
 """Fds of messages that are part of FDS_PER_SESSION."""
 REGION_FDS: Final = 1
