@@ -401,7 +401,8 @@ class Server:
 
     def _on_worker(self, worker: Worker) -> None:
         for kind, queue, token in worker.take_events():
-            session = self.owners[queue]
+            if (session := self.owners.get(queue)) is None:  # told of it after it was let go
+                continue
             try:
                 if kind == "detached":
                     del self.owners[queue]

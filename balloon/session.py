@@ -221,7 +221,7 @@ class Session(Guest):
             while True:
                 message, fds = await self._receive()
                 await self._handle(message, fds)
-                await self._rest()
+                await self._pace()
         except sockets.HungUp:
             reason = self._ending or reason
         except PeerError as error:
@@ -298,7 +298,7 @@ class Session(Guest):
         else:
             _settle(self._waiting)
 
-    async def _rest(self) -> None:
+    async def _pace(self) -> None:
         """Pause if this front-end has used more of the event loop than its share, and has more to say.
 
         One that asks, thinks and asks again is not paused, however often it does.
@@ -345,8 +345,7 @@ class Session(Guest):
             actions = self.backend.receive(message, fds)
             while (waiting := self._perform(actions, fds)) is not None:
                 error = await self._wait_for(waiting)
-                if isinstance(waiting, do.Quiesce):
-                    self._quiescing.difference_update(waiting.indices)
+                self._quiescing.clear()
                 actions = self.backend.resume(waiting.token, error)
         except PeerError:
             with contextlib.suppress(PeerError):
