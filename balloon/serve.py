@@ -290,8 +290,8 @@ class Server:
             return
         if self._is_full():
             self._note(
-                f"a front-end was hung up on: {len(self._sessions)} are served, and there are fds for no "
-                "more. Raise RLIMIT_NOFILE"
+                f"a front-end was hung up on: {len(self._sessions)} are served, and all of them run (at most "
+                f"{self._room}). Raise sessions_max or RLIMIT_NOFILE"
             )
             self._aside.submit(sock.close)  # what is in flight in it is freed with it
             if self._aside.waiting > REFUSED_MAX:

@@ -678,7 +678,7 @@ class Session(Guest):
         while True:
             try:
                 return self.memory.close()
-            except StateError:  # it must not be freed by whoever drops the last reference
+            except StateError:  # not to be freed where the last reference is dropped
                 _log.exception("front-end %d: its memory stays mapped", self.number)
 
 

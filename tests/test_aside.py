@@ -27,7 +27,7 @@ def test_work_is_done_in_order_in_one_thread_that_ends(monkeypatch: pytest.Monke
     background.close()
 
 
-def test_what_is_raised_reaches_whoever_waits_or_the_log(caplog: Any) -> None:
+def test_what_is_raised_reaches_the_waiter_or_the_log(caplog: Any) -> None:
     background = Aside("test aside")
     background.submit(lambda: 1 // 0)
     with pytest.raises(ValueError, match="invalid literal"):

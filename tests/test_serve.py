@@ -9,6 +9,7 @@ import array
 import asyncio
 import contextlib
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -31,7 +32,7 @@ from bench import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balloon import serve, session, sockets
+from balloon import budget, serve, session, sockets
 from balloon._kernel import file_kind
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
@@ -598,6 +599,100 @@ def test_what_a_stopped_server_has_not_read_is_dropped(
         leave.set()
         running.stop()
     assert len(handled) < 10
+
+
+def test_a_front_end_that_floods_is_paused_and_loses_nothing(
+    run: Callable[..., Running], path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(budget, "FIRST_SECONDS", 0)
+    monkeypatch.setattr(budget, "RATES", 0)
+    paused: list[float] = []
+    real = Session._sleep
+
+    async def sleep(one: Session, seconds: float) -> None:
+        paused.append(seconds)
+        await real(one, seconds)
+
+    monkeypatch.setattr(Session, "_sleep", sleep)
+    running = run()
+    with FrontEnd.connect(path) as noisy, FrontEnd.connect(path) as quiet:
+        for _ in range(10):
+            noisy.send_raw(struct.pack("=III", Request.GET_QUEUE_NUM, 1, 0) * 5)
+            quiet.ask_u64(Request.GET_FEATURES)
+        for _ in range(50):
+            assert noisy.read_reply(Request.GET_QUEUE_NUM) == struct.pack("=Q", 5)
+        assert any(seconds > session.THINK_SECONDS for seconds in paused)
+        noisy.send_raw(struct.pack("=III", Request.GET_QUEUE_NUM, 1, 0) * 1000)
+        running.stop()  # also in the middle of a pause
+        assert quiet.is_gone()
+    assert running.server.turns.paused == 0
+    assert running.server.left == ()
+
+
+def test_a_ring_for_which_there_is_no_fd_left_starts_later(
+    running: Running, path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(session, "RETRY_SECONDS", 0.05)
+
+    class Full:
+        """A worker that has no fd left, four times."""
+
+        def __init__(self, worker: Any) -> None:
+            self.worker = worker
+            self.failures = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.worker, name)
+
+        def attach(self, *arguments: Any) -> None:
+            if self.failures < 4:
+                self.failures += 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self.worker.attach(*arguments)
+
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+        (one,) = running.server.sessions
+        full = Full(one._worker)
+        running.call(setattr, one, "_worker", full)
+        front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        check_reporting(front_end)
+        assert full.failures == 4
+        assert "starts later: Too many open files" in caplog.text
+        front_end.stop_like_qemu()
+        full.failures = 0
+        front_end.insmod_like_qemu(drop=Feature.PAGE_POISON)
+        front_end.stop_like_qemu()  # before they have started
+        assert one._starting == {}
+
+
+def test_a_host_without_fds_accepts_later_and_logs_it_once(
+    running: Running, path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(serve, "ACCEPT_PAUSE_SECONDS", 0.01)
+
+    class Empty:
+        """A listener for which the process has no fd left, five times."""
+
+        def __init__(self, listener: Any) -> None:
+            self.listener = listener
+            self.failures = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.listener, name)
+
+        def accept(self) -> Any:
+            if self.failures < 5:
+                self.failures += 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return self.listener.accept()
+
+    empty = Empty(running.server._listener)
+    running.call(setattr, running.server, "_listener", empty)
+    with FrontEnd.connect(path) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+    assert empty.failures == 5
+    assert caplog.text.count("no front-end can be accepted now") == 1
 
 
 # Files that are slow, and fds that wait.
