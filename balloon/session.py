@@ -601,7 +601,8 @@ class Session(Guest):
 
     def _on_slow(self, queue: DataQueue) -> None:
         self._slow += 1
-        self._warn(f"ring {queue.index} is slow: the kernel takes its time with this guest's memory or fds")
+        if self._slow == 1:
+            self._warn(f"ring {queue.index} is slow: the kernel takes long with this guest's memory or fds")
         if self._own_worker is None and self._moving is None and not self._closed:
             self._moving = asyncio.get_running_loop().create_task(self._move())
 
