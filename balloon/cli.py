@@ -9,33 +9,61 @@ import json
 import logging
 import math
 import mmap
+import os
 import platform
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import balloon
 from balloon._kernel import built_with, kernel_path, probe_calls
+from balloon.budget import raise_fd_limit
 from balloon.demo import MIB, Moment, Story, run_driver_story, run_uml_story
 from balloon.device import Balloon
+from balloon.disposal import Disposal
 from balloon.errors import BalloonError
 from balloon.memory import GuestMemory
-from balloon.serve import Server
+from balloon.output import LimitedEvents, LimitedHandler, Output
+from balloon.serve import MEMORY_MAX, MEMORY_MAX_TOTAL, Server
 from balloon.testing.uml_files import UmlUnavailable
 
-SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", re.ASCII | re.IGNORECASE)
+FLUSH_SECONDS = 0.3
+"""How long the end waits for the readers of stdout and stderr."""
+SWITCH_SECONDS = 0.0005
+"""How soon the event loop gets its turn while another thread runs Python."""
+END_SECONDS = 3.0
+"""How long after a signal the process is there at most, should its orderly end not come."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes, or with K, M, G or T as binary multiples."""
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or 512M, 2G")
-    return int(match[1]) * SUFFIXES[match[2].upper()]
+    """Bytes; with K, M, G, T or KiB ... as binary multiples, with KB, MB, GB, TB as decimal ones."""
+    match = SIZE.fullmatch(text.strip())
+    if match is None or (not match[2] and ("." in match[1] or (match[3] or "").lower() == "ib")):
+        raise argparse.ArgumentTypeError(
+            f"invalid size {text!r}: give bytes, or a number with a unit: 512M, 1.5G, 2GiB (binary), 2GB"
+        )
+    units = DECIMAL if (match[3] or "").lower() == "b" else BINARY
+    return int(Decimal(match[1]) * units[match[2].upper()])
+
+
+def parse_positive_size(text: str) -> int:
+    """A size above 0."""
+    if (size := parse_size(text)) < 1:
+        raise argparse.ArgumentTypeError(f"invalid size {text!r}: must be positive")
+    return size
+
+
+def parse_target(text: str) -> int:
+    """A size, rounded down to whole balloon pages of 4096 bytes."""
+    return parse_size(text) & ~4095
 
 
 def parse_seconds(text: str) -> float:
@@ -43,7 +71,7 @@ def parse_seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= (seconds := float(text)) < math.inf:
             return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is no time: give seconds")
+    raise argparse.ArgumentTypeError(f"invalid time {text!r}: give seconds, not negative")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
-    serve = commands.add_parser("serve", help="be a vhost-user back-end")
+    serve = commands.add_parser("serve", help="run a vhost-user back-end")
     serve.add_argument("--socket-path", metavar="PATH", help="listen on a UNIX socket here")
     serve.add_argument(
         "--fd", type=int, metavar="N", help="a socket that listens, or one that is connected (implies --once)"
@@ -74,7 +102,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--print-capabilities", action="store_true", help="print them as JSON and exit; ignores the rest"
     )
     serve.add_argument("--once", action="store_true", help="end when the first front-end goes away")
-    serve.add_argument("--json", action="store_true", help="print a JSON line for each event")
+    serve.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON line for each event; what nobody reads is dropped, and counted",
+    )
     for name, default, text in (
         ("reporting", True, "free page reporting"),
         ("page-poison", True, "page poisoning, which lets more guests report"),
@@ -91,10 +123,32 @@ def make_parser() -> argparse.ArgumentParser:
         )
     serve.add_argument(
         "--target",
-        type=parse_size,
+        type=parse_target,
         default=0,
         metavar="SIZE",
-        help="what the balloon is to hold, taken from the guest: bytes, or 512M, 2G (default: 0)",
+        help="what the balloon is to hold, taken from the guest; rounded down to 4096 bytes (default: 0). "
+        "A SIZE is in bytes or has a unit: K, M, G, T and KiB ... TiB are binary, KB ... TB decimal; "
+        "1.5G is valid",
+    )
+    serve.add_argument(
+        "--memory-max",
+        type=parse_positive_size,
+        default=MEMORY_MAX,
+        metavar="SIZE",
+        help="guest memory that one front-end may map (default: 4T)",
+    )
+    serve.add_argument(
+        "--memory-max-total",
+        type=parse_positive_size,
+        default=MEMORY_MAX_TOTAL,
+        metavar="SIZE",
+        help="guest memory that all front-ends together may map (default: 64T)",
+    )
+    serve.add_argument(
+        "--any-file",
+        action="store_true",
+        help="take guest memory in files of any file system, also of one that may never answer, such as FUSE "
+        "or NFS (default: memfd, tmpfs, hugetlbfs and local disks)",
     )
     serve.add_argument(
         "--stats-interval",
@@ -169,8 +223,19 @@ def describe_host() -> list[tuple[str, str]]:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serve until a signal, or until the one front-end there is to be went away."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="balloon: %(message)s")
+    """Serve until a signal, or until the one front-end there is to be went away.
+
+    Nothing waits for the readers of stdout and stderr. If something is stuck in the kernel at the end, the
+    process ends without it.
+    """
+    log = Output(2, lambda count: f"balloon: {count} log lines were dropped: nobody read them in time\n")
+    handler = LimitedHandler(log)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], format="balloon: %(message)s")
+    events = Output(
+        1,
+        lambda count: json.dumps({"event": "dropped", "count": count}) + "\n",
+        lambda: logging.getLogger("balloon").warning("nobody reads the events any more: printing ends"),
+    )
 
     def make_device(memory: GuestMemory) -> Balloon:
         return Balloon(
@@ -184,28 +249,55 @@ def serve(options: argparse.Namespace) -> int:
             target_bytes=options.target,
         )
 
-    def tell(event: dict[str, Any]) -> None:
-        print(json.dumps(event), flush=True)
-
-    with GuestMemory() as nothing:
-        make_device(nothing)  # a target that cannot be is told now, and not at the first front-end
-
-    async def run() -> None:
+    async def run() -> tuple[str, ...]:
         server = Server(
             options.socket_path,
             fd=options.fd,
             make_device=make_device,
             once=options.once,
-            on_event=tell if options.json else None,
+            on_event=LimitedEvents(events) if options.json else None,
+            any_file=options.any_file,
+            memory_max=options.memory_max,
+            memory_max_total=options.memory_max_total,
+            dispose=os.close if disposal is None else disposal.close_fd,
         )
         server.set_stats_interval(options.stats_interval)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, server.stop)
-        await server.run()
 
-    asyncio.run(run())
-    return 0
+        def stop() -> None:
+            server.stop()
+            last = threading.Timer(END_SECONDS, os._exit, (0,))
+            last.daemon = True
+            last.start()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        await server.run()
+        return server.left
+
+    status = 0
+    left: tuple[str, ...] = ()
+    disposal: Disposal | None = None
+    with contextlib.suppress(OSError):
+        disposal = Disposal()  # before there are threads
+    raise_fd_limit()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        with GuestMemory() as nothing:
+            make_device(nothing)  # a target that is not valid is told now, and not at the first front-end
+        left = asyncio.run(run())
+    except (BalloonError, OSError) as error:
+        log.write(f"balloon: {error}\n")
+        status = 1
+    handler.finish()
+    done = events.close(FLUSH_SECONDS) & log.close(FLUSH_SECONDS)
+    if disposal is not None:
+        disposal.close()
+        if disposal.used:  # what is stuck shares our fds: the readers of our output are to see its end
+            os.closerange(0, 3)
+    if left or not done or (disposal is not None and disposal.used):
+        os._exit(status)  # something is stuck, and an orderly end would wait for it
+    return status
 
 
 def demo(options: argparse.Namespace) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import mmap
 import os
 import platform
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -36,16 +39,37 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("0", 0), ("4096", 4096), ("512M", 512 << 20), ("2g", 2 << 30), ("1 KiB", 1024), ("3TB", 3 << 40)],
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("4096B", 4096),
+        ("1000000000", 10**9),
+        ("512M", 512 << 20),
+        ("512MiB", 512 << 20),
+        ("512MB", 512 * 10**6),
+        ("2g", 2 << 30),
+        ("1.5G", 3 << 29),
+        ("0.1GB", 10**8),
+        ("1 KiB", 1024),
+        ("1 kB", 1000),
+        ("3TB", 3 * 10**12),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert cli.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "-1", "M", "1.5G", "1P", "0x10", "1 M M"])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "M", "1.5", "1iB", "1P", "0x10", "1 M M", "1..5G", "1e9", "\u0663M"]
+)
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+    with pytest.raises(argparse.ArgumentTypeError, match="invalid size"):
         cli.parse_size(text)
+
+
+def test_a_target_is_rounded_down_to_whole_pages() -> None:
+    options = cli.make_parser().parse_args(["serve", "--socket-path=x", "--target=1000000000"])
+    assert options.target == 10**9 // 4096 * 4096
 
 
 def test_the_version_alone_is_one_line() -> None:
@@ -108,11 +132,11 @@ def test_print_capabilities_ignores_other_options() -> None:
         (("serve", "--socket-path=/tmp/x", "--fd=0"), "one of them"),
         (("serve", "--socket-path=/nowhere/at/all"), "/nowhere/at/all"),
         (("serve", "--fd=99"), "99"),
-        (("serve", "--socket-path=/tmp/x", "--target=5"), "multiple of 4096"),
-        (("serve", "--socket-path=/tmp/x", "--target=much"), "is no size"),
-        (("serve", "--socket-path=/tmp/x", "--stats-interval=-1"), "is no time"),
-        (("serve", "--socket-path=/tmp/x", "--stats-interval=nan"), "is no time"),
-        (("serve", "--socket-path=/tmp/x", "--stats-interval=often"), "is no time"),
+        (("serve", "--socket-path=/tmp/x", "--memory-max=0"), "must be positive"),
+        (("serve", "--socket-path=/tmp/x", "--target=much"), "invalid size"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=-1"), "invalid time"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=nan"), "invalid time"),
+        (("serve", "--socket-path=/tmp/x", "--stats-interval=often"), "invalid time"),
         (("serve", "--socket-path=/tmp/x", "--stats-interval=1", "--no-stats"), "needs statistics"),
     ],
 )
@@ -241,6 +265,94 @@ def test_statistics_are_polled_and_printed(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+class Served:
+    """`balloon serve` with a guest that gives statistics, and whatever for its output."""
+
+    def __init__(self, path: Path, *options: str, **streams: int) -> None:
+        self.process = subprocess.Popen([*BALLOON, "serve", f"--socket-path={path}", *options], **streams)  # type: ignore[call-overload]
+        wait_for_socket(path)
+        self.front_end = FrontEnd.connect(path, timeout=20)
+        self.front_end.start_like_uml()
+        self.statistics = Statistics(self.front_end)
+        self.statistics.post({4: 0})
+
+    def end(self) -> int:
+        self.front_end.close()
+        self.process.terminate()
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+
+def test_a_reader_of_events_that_stalls_or_goes_holds_nobody(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    served = Served(
+        tmp_path / "s", "--json", "--stats-interval=0.001", stdout=writing, stderr=subprocess.DEVNULL
+    )
+    os.close(writing)
+    for free in range(200):  # far more than the pipe holds
+        served.statistics.answer({4: free})
+    with FrontEnd.connect(tmp_path / "s", timeout=20) as other:
+        other.start_like_uml()
+    assert served.front_end.read_config_like_uml(0) == 0
+    assert served.end() == 0  # and the end does not wait either
+    os.close(reading)
+
+
+def test_events_that_nobody_reads_any_more_cost_one_line(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with (tmp_path / "log").open("w+") as log:
+        served = Served(
+            tmp_path / "s", "--json", "--stats-interval=0.001", stdout=writing, stderr=log.fileno()
+        )
+        os.close(writing)
+        os.close(reading)
+        for free in range(50):
+            served.statistics.answer({4: free})
+        assert served.end() == 0
+        log.seek(0)
+        assert log.read() == "balloon: nobody reads the events any more: printing ends\n"
+
+
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_stranger_who_connects_again_and_again_does_not_fill_the_log(tmp_path: Path, stalled: bool) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    with (tmp_path / "log").open("w+") as log:
+        served = Served(tmp_path / "s", stderr=writing if stalled else log.fileno())
+        os.close(writing)
+        for _ in range(180):
+            with Wire(socket.socket(socket.AF_UNIX), timeout=20).socket as stranger:
+                stranger.connect(str(tmp_path / "s"))
+                stranger.send(struct.pack("=III", 6, 1, 0))
+                stranger.recv(1)
+        assert served.front_end.read_config_like_uml(0) == 0
+        assert served.end() == 0
+        log.seek(0)
+        lines = log.read().splitlines()
+    os.close(reading)
+    if not stalled:
+        assert 50 < len(lines) < 150
+        assert "log lines were suppressed" in lines[-1]
+
+
+def test_the_limit_of_fds_is_raised_to_the_hard_one(tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    process = subprocess.Popen(
+        [*BALLOON, "serve", f"--socket-path={tmp_path / 's'}"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)),
+    )
+    try:
+        wait_for_socket(tmp_path / "s")
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_demo_with_the_driver_as_json() -> None:

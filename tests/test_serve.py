@@ -9,6 +9,7 @@ import array
 import asyncio
 import contextlib
 import ctypes
+import errno
 import gc
 import logging
 import os
@@ -31,9 +32,11 @@ from bench import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balloon import serve, session, sockets
+from balloon import budget, serve, session, sockets
+from balloon._kernel import file_kind
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
+from balloon.memory import GuestMemory
 from balloon.serve import Server
 from balloon.session import Session
 from balloon.spec import Feature, Role, Status
@@ -440,15 +443,498 @@ def test_front_end_that_sends_without_end_does_not_block_another(running: Runnin
         assert noisy.read_reply(Request.GET_FEATURES)
 
 
-def test_there_is_a_limit_to_front_ends(run: Callable[..., Running], path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(serve, "SESSIONS_MAX", 2)
-    run()
+def test_a_guest_that_runs_is_never_dropped_for_another(run: Callable[..., Running], path: Path) -> None:
+    run(sessions_max=2)
     with FrontEnd.connect(path) as one, FrontEnd.connect(path) as two:
         for front_end in (one, two):
-            front_end.ask_u64(Request.GET_FEATURES)
+            front_end.start_like_uml()
+        two.rmmod_like_uml()  # it has run, and may again
         with FrontEnd.connect(path) as three:
             assert three.is_gone()
+        for front_end in (one, two):
+            front_end.ask_u64(Request.GET_FEATURES)
+
+
+def test_idle_strangers_make_room_for_a_guest(
+    run: Callable[..., Running], path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(serve, "GRACE_SECONDS", 0.1)
+    running = run(sessions_max=2)
+    with FrontEnd.connect(path) as speaks, FrontEnd.connect(path) as silent:
+        speaks.ask_u64(Request.GET_FEATURES)
+        wait_until(lambda: len(running.server.sessions) == 2)
+        with FrontEnd.connect(path) as one:
+            one.start_like_uml()
+            assert silent.is_gone()  # what has come least far goes first
+            speaks.ask_u64(Request.GET_FEATURES)
+            with FrontEnd.connect(path) as two:
+                two.start_like_uml()
+                assert speaks.is_gone()
+                assert "another front-end took the place" in running.wait("disconnected")["reason"]
+                one.ask_u64(Request.GET_FEATURES)
+
+
+def test_newcomers_do_not_hang_up_on_each_other(run: Callable[..., Running], path: Path) -> None:
+    """Whoever has just come has time to start, however many others wait."""
+    running = run(sessions_max=1)
+    with FrontEnd.connect(path) as one, FrontEnd.connect(path) as two:
+        wait_until(lambda: len(running.server.sessions) == 1)
+        one.start_like_uml()
+        assert two.is_gone()
         one.ask_u64(Request.GET_FEATURES)
+
+
+# Budgets and deadlines.
+
+
+@pytest.mark.parametrize("sent", [b"", struct.pack("=III", Request.GET_FEATURES, 1, 0)[:7]])
+def test_a_connection_has_a_deadline_for_its_first_message(
+    running: Running, path: Path, monkeypatch: Any, sent: bytes
+) -> None:
+    monkeypatch.setattr(session, "HANDSHAKE_SECONDS", 0.1)
+    with FrontEnd.connect(path) as front_end:
+        front_end.send_raw(sent)
+        assert front_end.is_gone()
+        assert "no message within 0.1 s" in running.wait("disconnected")["reason"]
+
+
+def test_a_half_message_has_a_deadline_and_a_quiet_guest_has_none(
+    running: Running, path: Path, monkeypatch: Any
+) -> None:
+    with FrontEnd.connect(path) as front_end, FrontEnd.connect(path) as quiet:
+        for one in (front_end, quiet):
+            one.ask_u64(Request.GET_FEATURES)
+        monkeypatch.setattr(session, "HANDSHAKE_SECONDS", 0.1)
+        front_end.send_raw(struct.pack("=III", Request.SET_MEM_TABLE, 1, 40), [front_end.memory_fd])
+        assert front_end.is_gone()
+        assert "half a message" in running.wait("disconnected")["reason"]
+        quiet.ask_u64(Request.GET_FEATURES)
+
+
+def test_mapped_bytes_have_a_limit_for_each_front_end_and_for_all(
+    run: Callable[..., Running], path: Path, caplog: Any
+) -> None:
+    run(memory_max=16 * MIB, memory_max_total=24 * MIB)
+    with FrontEnd.connect(path, memory_bytes=17 * MIB) as front_end:
+        front_end.boot_like_uml()
+        table = front_end.memory_table()
+        assert front_end.acknowledged(Request.SET_MEM_TABLE, table, [front_end.memory_fd]) == 1
+        assert "too many (a front-end may have" in caplog.text
+    with (
+        FrontEnd.connect(path, memory_bytes=16 * MIB) as one,
+        FrontEnd.connect(path, memory_bytes=16 * MIB) as two,
+    ):
+        one.start_like_uml()
+        two.boot_like_uml()
+        assert two.acknowledged(Request.SET_MEM_TABLE, two.memory_table(), [two.memory_fd]) == 1
+        assert "no room (all front-ends together may have" in caplog.text
+        one.ask_u64(Request.GET_FEATURES)
+        one.close()
+        two.timeout = 10
+        wait_until(lambda: two.acknowledged(Request.SET_MEM_TABLE, two.memory_table(), [two.memory_fd]) == 0)
+
+
+def test_fds_of_regions_have_a_budget_and_the_guests_that_run_keep_theirs(
+    running: Running, path: Path
+) -> None:
+    with FrontEnd.connect(path, **QEMU) as guest, FrontEnd.connect(path, **QEMU) as greedy:
+        guest.start_like_qemu(drop=Feature.PAGE_POISON)
+        greedy.boot_like_qemu()
+        pool = running.server.fds
+        running.call(lambda: setattr(pool, "total", pool.total - pool.left + 20))  # few are left
+        more = os.memfd_create("more")
+        os.ftruncate(more, MIB)
+        answers = []
+        for number in range(40):
+            at = (1 << 32) + number * MIB
+            region = bytes(8) + struct.pack("=4Q", at, MIB, at, 0)
+            answers.append(greedy.acknowledged(Request.ADD_MEM_REG, region, [more]))
+        os.close(more)
+        assert answers == sorted(answers)
+        assert set(answers) == {0, 1}  # refused, and the connection lives on
+        greedy.ask_u64(Request.GET_FEATURES)
+        guest.stop_like_qemu()
+        guest.insmod_like_qemu(drop=Feature.PAGE_POISON)  # a reboot takes no more than it had
+        check_reporting(guest)
+
+
+def test_what_the_dead_have_sent_is_dropped(running: Running, path: Path, monkeypatch: Any) -> None:
+    handled: list[int] = []
+    real = Session._handle
+
+    async def handle(session: Session, message: Any, fds: list[int]) -> None:
+        handled.append(message.request)
+        await real(session, message, fds)
+
+    monkeypatch.setattr(Session, "_handle", handle)
+    with FrontEnd.connect(path) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+        blocked, leave = threading.Event(), threading.Event()
+        running.loop.call_soon_threadsafe(lambda: (blocked.set(), leave.wait(10)))
+        assert blocked.wait(10)
+        front_end.send_raw(struct.pack("=III", Request.SET_OWNER, 1, 0) * 1000)
+    leave.set()
+    assert running.wait("disconnected")["reason"] == "the front-end closed the connection"
+    assert len(handled) < 10
+
+
+def test_what_a_stopped_server_has_not_read_is_dropped(
+    run: Callable[..., Running], path: Path, monkeypatch: Any
+) -> None:
+    running = run()
+    handled: list[int] = []
+    real = Session._handle
+
+    async def handle(session: Session, message: Any, fds: list[int]) -> None:
+        handled.append(message.request)
+        await real(session, message, fds)
+
+    monkeypatch.setattr(Session, "_handle", handle)
+    with FrontEnd.connect(path) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+        blocked, leave = threading.Event(), threading.Event()
+        running.loop.call_soon_threadsafe(lambda: (blocked.set(), leave.wait(10), running.server.stop()))
+        assert blocked.wait(10)
+        front_end.send_raw(struct.pack("=III", Request.SET_OWNER, 1, 0) * 1000)
+        leave.set()
+        running.stop()
+    assert len(handled) < 10
+
+
+def test_a_front_end_that_floods_is_paused_and_loses_nothing(
+    run: Callable[..., Running], path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(budget, "FIRST_SECONDS", 0)
+    monkeypatch.setattr(budget, "RATES", 0)
+    paused: list[float] = []
+    real = Session._sleep
+
+    async def sleep(one: Session, seconds: float) -> None:
+        paused.append(seconds)
+        await real(one, seconds)
+
+    monkeypatch.setattr(Session, "_sleep", sleep)
+    running = run()
+    with FrontEnd.connect(path) as noisy, FrontEnd.connect(path) as quiet:
+        for _ in range(10):
+            noisy.send_raw(struct.pack("=III", Request.GET_QUEUE_NUM, 1, 0) * 5)
+            quiet.ask_u64(Request.GET_FEATURES)
+        for _ in range(50):
+            assert noisy.read_reply(Request.GET_QUEUE_NUM) == struct.pack("=Q", 5)
+        assert any(seconds > session.THINK_SECONDS for seconds in paused)
+        noisy.send_raw(struct.pack("=III", Request.GET_QUEUE_NUM, 1, 0) * 1000)
+        running.stop()  # also in the middle of a pause
+        assert quiet.is_gone()
+    assert running.server.turns.paused == 0
+    assert running.server.left == ()
+
+
+def test_a_ring_for_which_there_is_no_fd_left_starts_later(
+    running: Running, path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(session, "RETRY_SECONDS", 0.05)
+
+    class Full:
+        """A worker that has no fd left, four times."""
+
+        def __init__(self, worker: Any) -> None:
+            self.worker = worker
+            self.failures = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.worker, name)
+
+        def attach(self, *arguments: Any) -> None:
+            if self.failures < 4:
+                self.failures += 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self.worker.attach(*arguments)
+
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+        (one,) = running.server.sessions
+        full = Full(one._worker)
+        running.call(setattr, one, "_worker", full)
+        front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        check_reporting(front_end)
+        assert full.failures == 4
+        assert "starts later: Too many open files" in caplog.text
+        front_end.stop_like_qemu()
+        full.failures = 0
+        front_end.insmod_like_qemu(drop=Feature.PAGE_POISON)
+        front_end.stop_like_qemu()  # before they have started
+        assert one._starting == {}
+
+
+def test_a_host_without_fds_accepts_later_and_logs_it_once(
+    running: Running, path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    monkeypatch.setattr(serve, "ACCEPT_PAUSE_SECONDS", 0.01)
+
+    class Empty:
+        """A listener for which the process has no fd left, five times."""
+
+        def __init__(self, listener: Any) -> None:
+            self.listener = listener
+            self.failures = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.listener, name)
+
+        def accept(self) -> Any:
+            if self.failures < 5:
+                self.failures += 1
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return self.listener.accept()
+
+    empty = Empty(running.server._listener)
+    running.call(setattr, running.server, "_listener", empty)
+    with FrontEnd.connect(path) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+    assert empty.failures == 5
+    assert caplog.text.count("no front-end can be accepted now") == 1
+
+
+# Files that are slow, and fds that wait.
+
+
+@pytest.fixture
+def disk_fd(tmp_path: Path) -> Iterator[int]:
+    """A file that is not memory; skip where the file system is none of those that are taken."""
+    fd = os.open(tmp_path / "ram", os.O_RDWR | os.O_CREAT)
+    try:
+        if (kind := file_kind(fd)) != "regular":
+            pytest.skip(f"{tmp_path} lies on a file system of kind {kind!r}, not on a local disk")
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def test_memory_on_a_disk_is_served_by_a_worker_of_its_own(
+    running: Running, path: Path, disk_fd: int
+) -> None:
+    with FrontEnd.connect(path, **QEMU) as slow, FrontEnd.connect(path, **QEMU) as fast:
+        os.ftruncate(disk_fd, 64 * MIB)
+        for front_end in (slow, fast):
+            front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        shared = running.server.sessions[0]._worker
+        added = bytes(8) + struct.pack("=4Q", 1 << 32, 64 * MIB, 0x7E00_0000_0000, 0)
+        slow.demand(Request.ADD_MEM_REG, added, [disk_fd])
+        one, other = running.server.sessions
+        assert one._worker is not shared
+        assert other._worker is shared
+        check_reporting(slow)
+        check_reporting(fast)
+
+
+def test_a_guest_that_was_slow_gets_a_worker_of_its_own(running: Running, path: Path, caplog: Any) -> None:
+    with FrontEnd.connect(path) as slow, FrontEnd.connect(path) as fast:
+        for front_end in (slow, fast):
+            front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        one, other = running.server.sessions
+        shared = one._worker
+        kept = one.device.queue(reporting(slow))
+        for _ in range(3):
+            running.call(one.on_event, "slow", kept)
+        wait_until(lambda: running.call(lambda: one._moving is None))
+        assert one._worker is not shared
+        assert other._worker is shared
+        assert set(one._attached) == set(one.backend.running)
+        assert running.call(one.describe)["slow"] == 3
+        assert "is slow" in caplog.text
+        for _ in range(2):
+            check_reporting(slow)
+            check_reporting(fast)
+            slow.rmmod_like_uml()
+            slow.insmod_like_uml(drop=Feature.PAGE_POISON)
+
+
+def test_a_slow_guest_is_moved_while_its_rings_are_stopped_and_started(running: Running, path: Path) -> None:
+    held = HeldDiscard()
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        (one,) = running.server.sessions
+        index = reporting(front_end)
+        ring = front_end.driver_queue(index)
+        with system_calls(fallocate=held):
+            ring.post([(32 * MIB, MIB, True)])
+            front_end.kick(index)
+            assert held.entered.wait(10)
+            running.call(one.on_event, "slow", one.device.queue(index))
+            front_end.send(Request.SET_VRING_ENABLE, front_end.state(index, 0), (), 9)
+            wait_until(lambda: index in one._quiescing)
+            held.leave.set()
+            assert front_end.read_reply(Request.SET_VRING_ENABLE) == bytes(8)
+        wait_until(lambda: running.call(lambda: one._moving is None))
+        assert index not in one._attached
+        assert one._own_worker is not None
+        front_end.demand(Request.SET_VRING_ENABLE, front_end.state(index, 1))
+        assert len(ring.take_used()) == 1
+        front_end.wait_call(index)
+        check_reporting(front_end)
+
+
+def test_a_file_of_an_unknown_kind_is_refused_unless_the_operator_says_so(
+    run: Callable[..., Running], path: Path, caplog: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(session, "file_kind", lambda fd: "unknown")
+    first = run()
+    with FrontEnd.connect(path) as front_end:
+        front_end.boot_like_uml()
+        table = front_end.memory_table()
+        assert front_end.acknowledged(Request.SET_MEM_TABLE, table, [front_end.memory_fd]) == 1
+        assert "--any-file" in caplog.text
+    first.stop()
+    running = run(any_file=True)
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        check_reporting(front_end)
+        assert running.server.sessions[0]._own_worker is not None
+
+
+def test_flags_of_fds_that_are_shared_stay_as_they_are(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.start_like_qemu()
+        fd = os.eventfd(0, os.EFD_CLOEXEC)
+        front_end.demand(Request.SET_VRING_ERR, struct.pack("=Q", 0), [fd])
+        assert os.get_blocking(fd)
+        os.close(fd)
+
+
+@pytest.mark.parametrize("what", [Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR])
+def test_a_pipe_is_refused_as_the_fd_of_a_ring(
+    running: Running, path: Path, caplog: Any, what: Request
+) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml()
+        reading, writing = os.pipe()
+        assert front_end.acknowledged(what, struct.pack("=Q", 0), [writing]) == 1
+        refuse(running, front_end, "neither an eventfd nor a UNIX stream socket", caplog)
+        sockets.close_fds([writing])
+        assert os.read(reading, 1) == b""  # nobody else holds it
+        os.close(reading)
+
+
+class Stuck:
+    """A call on a front-end's fd that does not return until it is let go."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.leave = threading.Event()
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.entered.set()
+        assert self.leave.wait(30)
+        return "memory"
+
+
+def test_a_front_end_whose_fd_is_stuck_holds_no_other_and_not_the_end(
+    run: Callable[..., Running], path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    stuck = Stuck()
+    running = run()
+    with FrontEnd.connect(path) as bad, FrontEnd.connect(path) as good:
+        good.start_like_uml(drop=Feature.PAGE_POISON)
+        bad.boot_like_uml()
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "file_kind", stuck)
+            bad.send(Request.SET_MEM_TABLE, bad.memory_table(), [bad.memory_fd], 9)
+            assert stuck.entered.wait(10)
+        check_reporting(good)
+        good.rmmod_like_uml()
+        good.insmod_like_uml(drop=Feature.PAGE_POISON)
+        (other,) = [one for one in running.server.sessions if one.number == 1]
+        bad.close()  # it keeps its place until it is done
+        good.ask_u64(Request.GET_FEATURES)
+        assert other in running.server.sessions
+        running.loop.call_soon_threadsafe(running.server.stop)
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+        assert any("front-end 1" in what for what in running.server.left)
+        assert "left behind: front-end 1" in caplog.text
+        assert good.is_gone()
+    stuck.leave.set()
+    free_what_was_left(other)
+
+
+def test_a_discard_that_is_stuck_does_not_hold_the_end(run: Callable[..., Running], path: Path) -> None:
+    held = HeldDiscard()
+    running = run()
+    with FrontEnd.connect(path) as front_end, system_calls(fallocate=held):
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        (one,) = running.server.sessions
+        workers = tuple(running.server._workers)
+        ring = front_end.driver_queue(reporting(front_end))
+        ring.post([(front_end.guest_address + 32 * MIB, MIB, True)])
+        front_end.kick(reporting(front_end))
+        assert held.entered.wait(10)
+        running.loop.call_soon_threadsafe(running.server.stop)
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+        assert len(running.server.left) == 2  # the front-end and the worker
+        assert front_end.is_gone()
+        assert not path.exists()
+        held.leave.set()
+        for worker in workers:
+            worker.close()
+    free_what_was_left(one)
+
+
+def free_what_was_left(one: Session) -> None:
+    """Free what a server that has returned leaves to its program's end."""
+    wait_until(lambda: one._aside.waiting == 0)
+    one.memory.close()
+    one._socket.close()
+    sockets.close_fds(one._inbox.fds)
+    for ring in one._rings:
+        sockets.close_fds([fd for fd in (ring.kick, ring.call, ring.err) if fd >= 0])
+    if one._channel is not None:
+        one._channel.close()
+
+
+def test_memory_is_mapped_and_freed_outside_the_event_loop(
+    running: Running, path: Path, monkeypatch: Any
+) -> None:
+    where: set[str] = set()
+
+    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            where.add(threading.current_thread().name)
+            return function(*arguments, **options)
+
+        return noted
+
+    for name in ("replace", "remove", "add_fd", "close"):
+        monkeypatch.setattr(GuestMemory, name, note(getattr(GuestMemory, name)))
+    monkeypatch.setattr(session, "file_kind", note(session.file_kind))
+    monkeypatch.setattr(sockets, "close_fds", note(sockets.close_fds))
+    monkeypatch.setattr(sockets, "signal", note(sockets.signal))
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        corrupt(front_end.driver_queue(0))
+        front_end.kick(0)
+        front_end.wait_err(0)
+        front_end.demand(Request.SET_MEM_TABLE, front_end.memory_table(), [front_end.memory_fd])
+    running.wait("disconnected")
+    assert where == {"balloon front-end 1"}
+
+
+def test_a_target_for_a_guest_that_went_away_says_so(running: Running, path: Path) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml()
+        (one,) = running.server.sessions
+    running.wait("disconnected")
+    with pytest.raises(StateError, match="front-end 1 went away"):
+        running.call(one.set_target, MIB)
+
+
+def test_what_is_not_callable_is_refused_at_once(path: Path) -> None:
+    with pytest.raises(ConfigError, match="on_event is not callable"):
+        Server(path, on_event="print")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="make_device is not callable"):
+        Server(path, make_device=None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="invalid memory_max: 0"):
+        Server(path, memory_max=0)
 
 
 # What a front-end can do wrong.
@@ -759,7 +1245,7 @@ def test_events_tell_the_story(run: Callable[..., Running], path: Path) -> None:
     assert started["session"] == gone["session"] == 1
     assert gone["regions"][0]["size"] == 64 * MIB
     assert set(gone) == {
-        "event", "session", "reason", "counters", "actual_bytes", "target_bytes", "regions",
+        "event", "session", "reason", "counters", "actual_bytes", "target_bytes", "slow", "regions",
     }  # fmt: skip
 
 
@@ -862,7 +1348,7 @@ def test_fd_or_path(path: Path) -> None:
         Server()
     with pytest.raises(ConfigError, match="either"):
         Server(path, fd=0)
-    with pytest.raises(ConfigError, match="is no socket"), open("/dev/null") as file:
+    with pytest.raises(ConfigError, match="is not a socket"), open("/dev/null") as file:
         Server(fd=file.fileno())
 
 
