@@ -151,6 +151,11 @@ def make_parser() -> argparse.ArgumentParser:
         "or NFS (default: memfd, tmpfs, hugetlbfs and local disks)",
     )
     serve.add_argument(
+        "--discard-hugetlb",
+        action="store_true",
+        help="give huge pages of hugetlbfs back: a guest that wants one again dies if the pool is empty then",
+    )
+    serve.add_argument(
         "--stats-interval",
         type=parse_seconds,
         default=0,
@@ -257,6 +262,7 @@ def serve(options: argparse.Namespace) -> int:
             once=options.once,
             on_event=LimitedEvents(events) if options.json else None,
             any_file=options.any_file,
+            discard_hugetlb=options.discard_hugetlb,
             memory_max=options.memory_max,
             memory_max_total=options.memory_max_total,
             dispose=os.close if disposal is None else disposal.close_fd,

@@ -62,13 +62,14 @@ class Server:
     It listens at `path`, or takes `fd`: a socket that listens, or one that is connected. `make_device` makes
     the device of one front-end. With `once` it ends after the first front-end went away, as it does with a
     connected `fd`. `on_event` gets a dict for each event: "listening", "connected", "started", "stats",
-    "disconnected". It is called in the event loop, and must not wait.
+    "target", "disconnected". It is called in the event loop, and must not wait.
 
     With `survive_sigbus` a front-end that truncates its memory file costs its own rings and not the process;
     this installs a handler for SIGBUS, which is a program's decision and not a library's.
 
     Guest memory lies in a memfd, on tmpfs, hugetlbfs or a local disk. With `any_file` files of other kinds
-    are taken too (FUSE, NFS): such a file may never answer, which then costs the guest that has it.
+    are taken too (FUSE, NFS): such a file may never answer, which then costs the guest that has it. Huge
+    pages of hugetlbfs are given back only with `discard_hugetlb`, see `GuestMemory.add_fd`.
 
     `memory_max` and `memory_max_total` bound the bytes of guest memory that one front-end, and all together,
     may map. `sessions_max` bounds the front-ends; None: as many as there are fds for (RLIMIT_NOFILE).
@@ -90,6 +91,7 @@ class Server:
         on_event: Callable[[Event], object] | None = None,
         survive_sigbus: bool = True,
         any_file: bool = False,
+        discard_hugetlb: bool = False,
         memory_max: int = MEMORY_MAX,
         memory_max_total: int = MEMORY_MAX_TOTAL,
         sessions_max: int | None = None,
@@ -110,6 +112,7 @@ class Server:
         self.path = None if path is None else Path(path)
         self.make_device = make_device
         self.any_file = any_file
+        self.discard_hugetlb = discard_hugetlb
         self.dispose = dispose
         self.memory_max = memory_max
         self.owners: dict[DataQueue, Session] = {}

@@ -55,6 +55,8 @@ SETTLE_SECONDS: Final = 1.0
 """For how long rings whose driver may leave are served before what is left of their requests is cut short."""
 KICK_PAUSE_SECONDS: Final = 0.05
 """How long kicks are not looked at after one that could not start its ring."""
+TARGETS_MAX: Final = 60
+"""Events in a minute for one front-end's target: memory that comes and goes changes what is shown."""
 WARNINGS_MAX: Final = 20
 """Lines in the log for one front-end in a minute: neither it nor its guest may fill the host's log."""
 
@@ -89,6 +91,10 @@ class Host(Protocol):
     @property
     def any_file(self) -> bool:
         """Whether guest memory may lie in a file of any file system."""
+
+    @property
+    def discard_hugetlb(self) -> bool:
+        """Whether huge pages of hugetlbfs are given back."""
 
     @property
     def memory_max(self) -> int:
@@ -155,6 +161,8 @@ class Session(Guest):
         self._served = False
         self._slow = 0
         self._warnings: list[float] = []
+        self._targets: list[float] = []
+        self._target = self.device.requested_bytes, self.device.target_bytes
         self.memory = memory
         """The guest's memory, as the front-end has described it."""
         self.backend = Backend(self.device)
@@ -182,12 +190,15 @@ class Session(Guest):
     def set_target(self, target_bytes: int) -> bool:
         """Ask the driver for a balloon of this size; false if the front-end has no way to be told.
 
+        The driver is shown no more than the guest's RAM: `device.target_bytes` and the event "target" say so.
+
         :raise ConfigError: the size is not valid.
         :raise StateError: the front-end went away.
         """
         if self.is_ending:
             raise StateError(f"front-end {self.number} went away")
         self._apply(self.device.set_target(target_bytes))
+        self._tell_target()
         return self.backend.config_deliverable
 
     def hang_up(self, reason: str = "the connection was closed here") -> None:
@@ -367,6 +378,8 @@ class Session(Guest):
             self._quiescing.clear()
         if message.request in MEMORY_REQUESTS:
             self._server.mapped.shrink(self, self.memory.size)
+            self._apply(self.device.memory_changed())
+            self._tell_target()
         self._look_at_hinting()
         if not rested and self._stats_waits:
             self._ask_for_life()
@@ -435,7 +448,8 @@ class Session(Guest):
                 case do.Rest(_, indices):
                     await self._quiesce(indices, self._rest)
                 case do.MapTable(_, regions):
-                    await self._map(regions, lambda: self.memory.replace(regions), replaces=True)
+                    table = [self._own(region) for region in regions]
+                    await self._map(regions, lambda: self.memory.replace(table), replaces=True)
                 case do.MapRegion(_, region):
                     await self._map((region,), lambda: self._add_region(region), replaces=False)
                 case do.UnmapRegion(_, guest_address):
@@ -499,6 +513,10 @@ class Session(Guest):
             self._use_own_worker()  # no ring is attached now
         await self._run_aside(change)
 
+    def _own(self, region: FdRegion) -> FdRegion:
+        """A region as the server wants it."""
+        return dataclasses.replace(region, discard_hugetlb=self._server.discard_hugetlb)
+
     def _add_region(self, region: FdRegion) -> None:
         self.memory.add_fd(
             region.fd,
@@ -506,6 +524,7 @@ class Session(Guest):
             offset=region.offset,
             guest_address=region.guest_address,
             shared_file=region.shared_file,
+            discard_hugetlb=self._server.discard_hugetlb,
         )
 
     def _remove_region(self, guest_address: int) -> None:
@@ -522,6 +541,14 @@ class Session(Guest):
 
     def _apply(self, effect: Effect) -> None:
         self._perform(self.backend.apply(effect), [])
+
+    def _tell_target(self) -> None:
+        """Report what the driver is shown, if that or what was asked for has changed."""
+        target = self.device.requested_bytes, self.device.target_bytes
+        if target != self._target and is_rare(self._targets, TARGETS_MAX):
+            self._target = target
+            requested, shown = target
+            self._report("target", requested_bytes=requested, target_bytes=shown, clamped=shown < requested)
 
     def _warn(self, text: str) -> None:
         if is_rare(self._warnings, WARNINGS_MAX):

@@ -259,7 +259,7 @@ def test_target_is_not_deliverable_without_a_channel(running: Running, path: Pat
         front_end.start_like_qemu(protocol_features=((1 << 64) - 1) & ~wire.BACKEND_REQ)
         assert running.call(running.server.set_target, MIB) == 0
         with pytest.raises(ConfigError):
-            running.call(running.server.set_target, 1)
+            running.call(running.server.set_target, -1)
 
 
 # The pitfalls that take fds and a worker.
@@ -1353,7 +1353,7 @@ def test_fd_or_path(path: Path) -> None:
 
 
 def test_device_that_cannot_be_made_costs_the_connection(run: Callable[..., Running], path: Path) -> None:
-    run(make_device=partial(Balloon, target_bytes=1))
+    run(make_device=partial(Balloon, target_bytes=-1))
     for _ in range(2):
         with FrontEnd.connect(path) as front_end:
             assert front_end.is_gone()
@@ -1463,3 +1463,39 @@ def test_fds_in_flight_when_the_front_end_goes_are_closed(running: Running, path
 @pytest.fixture(autouse=True)
 def _quiet(caplog: Any) -> None:
     caplog.set_level(logging.WARNING, logger="balloon")
+
+
+def test_a_target_is_bounded_by_the_guests_ram_once_that_is_known(
+    run: Callable[..., Running], path: Path
+) -> None:
+    """A target above RAM would kill the guest; the event says what was asked for and what the driver is shown."""
+    running = run(make_device=partial(Balloon, target_bytes=400 * MIB))
+    with FrontEnd.connect(path, memory_bytes=64 * MIB, **QEMU) as front_end:
+        front_end.start_like_qemu()
+        told = running.wait("target")
+        assert (told["requested_bytes"], told["target_bytes"], told["clamped"]) == (400 * MIB, 64 * MIB, True)
+        assert struct.unpack_from("<I", front_end.read_config_like_qemu()) == (64 * MIB >> 12,)
+        assert running.call(running.server.set_target, 8 * MIB) == 1
+        told = running.wait("target")
+        assert (told["requested_bytes"], told["target_bytes"], told["clamped"]) == (8 * MIB, 8 * MIB, False)
+        front_end.wait_config_change()
+
+
+def test_huge_pages_of_a_guest_are_kept_unless_the_operator_says_so(
+    run: Callable[..., Running], path: Path, huge_pages: None
+) -> None:
+    for discard in (False, True):
+        running = run(discard_hugetlb=discard)
+        fd = os.memfd_create("huge", os.MFD_HUGETLB | os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, 4 * MIB)
+            with FrontEnd.connect(path, **QEMU) as front_end:
+                front_end.boot_like_qemu()
+                region = bytes(8) + struct.pack("=QQQQ", 1 << 32, 4 * MIB, 1 << 32, 0)
+                front_end.demand(Request.ADD_MEM_REG, region, [fd])
+                (session_,) = running.server.sessions
+                (region_,) = running.call(session_.describe)["regions"]
+                assert region_["method"] == ("punch" if discard else "none")
+        finally:
+            os.close(fd)
+        running.stop()
