@@ -5,6 +5,8 @@
 #   make demo     reporting, live                  DEMO_ARGS='--guest driver'
 #   make test     the whole suite                  PYTEST_ARGS='-x -k ring'
 #   make test-nested   a stock Linux under examples/kvm_vmm.py, itself in a Linux that QEMU emulates
+#   make soak     three real guests at one daemon for half an hour    SOAK_SECONDS=60
+#   make attacks  what a guest notices while another front-end attacks the daemon    ATTACKS='flood idle'
 #   make asan     the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer (PYTEST_ARGS too)
 #   make bench    all benchmarks, in about 5 minutes: build/bench has the JSON, a table, the pictures
 #                 BENCH_ARGS='-k walk'; BENCH_DOCS=1 renews those of docs/performance.md too
@@ -22,7 +24,7 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-nested asan bench lint clean packages guest FORCE
+.PHONY: build demo test test-nested soak attacks asan bench lint clean packages guest FORCE
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -69,6 +71,14 @@ test: build guest
 
 test-nested: build guest
 	BALLOON_REQUIRE=nested $(BIN)/python -m pytest -m nested -o faulthandler_timeout=0 tests/e2e/test_nested.py $(PYTEST_ARGS)
+
+SOAK_SECONDS ?= 1800
+soak: build guest
+	BALLOON_REQUIRE=uml BALLOON_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s -m soak -o faulthandler_timeout=0 \
+	    tests/e2e/test_soak.py $(PYTEST_ARGS)
+
+attacks: build
+	$(BIN)/python tests/attacks/table.py $(ATTACKS)
 
 # A fork of a process with threads can stop for ever in libasan's allocator: what forks is left to `make test`, as
 # are the command line and the README, which have nothing native of their own, and most of the random examples.
