@@ -34,9 +34,9 @@ from balloon._pthread cimport (
 from balloon._reclaim cimport reclaim_clear, reclaim_t
 from balloon._ring cimport split_t
 from balloon._slots cimport (
-    CALL_NONE, COMMAND_BACK, COMMAND_CALL, COMMAND_DETACH, COMMAND_SETTLE, COMMAND_STOP, WATCH_ASLEEP, WATCH_AWAKE, call,
-    command_t, forget_ready, forget_timed, longer, mail_command, mail_done, mail_news, make_ready, ripen,
-    runner_t, slot_t, unblock, wait_for_time, worker_t,
+    CALL_NONE, COMMAND_BACK, COMMAND_CALL, COMMAND_DETACH, COMMAND_SETTLE, COMMAND_STOP,
+    WATCH_ASLEEP, WATCH_AWAKE, call, command_t, forget_ready, forget_timed, longer, mail_command,
+    mail_done, mail_news, make_ready, ripen, runner_t, slot_t, unblock, wait_for_time, worker_t,
 )
 from balloon._spec cimport FAULT_BUS_ERROR, FAULT_NONE
 from balloon._waiter cimport WAITER_BATCH, waiter_add, waiter_alarm, waiter_remove, waiter_wait
