@@ -78,7 +78,7 @@ soak: build guest
 	    tests/e2e/test_soak.py $(PYTEST_ARGS)
 
 attacks: build
-	$(BIN)/python tests/attacks/table.py $(ATTACKS)
+	$(BIN)/python tests/attacks/attack_table.py $(ATTACKS)
 
 # A fork of a process with threads can stop for ever in libasan's allocator: what forks is left to `make test`, as
 # are the command line and the README, which have nothing native of their own, and most of the random examples.

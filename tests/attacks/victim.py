@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-import fuse
+import hanging_files as fuse
 
 from balloon.spec import Config, Role
 from balloon.testing.frontend import FrontEnd
