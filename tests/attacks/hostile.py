@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import fuse
+import hanging_files as fuse
 import numpy as np
 
 from balloon.errors import BalloonError
