@@ -23,6 +23,7 @@ from balloon.aside import Aside
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
 from balloon.guest import check_interval, is_rare
+from balloon.lobby import Lobby
 from balloon.memory import GuestMemory
 from balloon.session import Event, Session
 from balloon.spec import Feature
@@ -42,14 +43,20 @@ ACCEPT_PAUSE_SECONDS: Final = 1.0
 """How long no front-end is accepted after the host had no fd left for one."""
 GRACE_SECONDS: Final = 2.0
 """How long a front-end has to start before it may be hung up on to make room for another one."""
-ACCEPTS_BURST: Final = 200
-"""Connections that are accepted as fast as they come."""
-ACCEPTS_PER_SECOND: Final = 50.0
-"""Connections that are accepted in the long run: each takes about a millisecond of the event loop."""
+ACCEPTS_AT_ONCE: Final = 16
+"""Connections that are accepted in one turn of the event loop."""
+LOBBY_MAX: Final = 512
+"""Connections that may wait to become front-ends, of the fds that there are."""
+BEGINS_BURST: Final = 200
+"""Front-ends that begin as fast as they speak."""
+BEGINS_PER_SECOND: Final = 50.0
+"""Front-ends that begin in the long run: each takes about a millisecond of the event loop."""
 STOP_SECONDS: Final = 0.5
 """How long `Server.run` waits for its front-ends' ends after `stop`, and again for its threads."""
 NOTES_MAX: Final = 10
 """Lines in the log in a minute for front-ends that were not let in."""
+CLOSING_PAUSE_SECONDS: Final = 0.05
+"""How long no front-end is accepted while many connections wait to be closed."""
 REFUSED_MAX: Final = 16
 """Refused connections that wait to be closed."""
 
@@ -135,7 +142,9 @@ class Server:
         self._count = 0
         self._stop = asyncio.Event()
         self._listener: socket.socket | None = None
-        self._accepts = budget.Bucket(ACCEPTS_BURST, ACCEPTS_PER_SECOND)
+        self._begins = budget.Bucket(BEGINS_BURST, BEGINS_PER_SECOND)
+        self._lobby: Lobby | None = None
+        self._next: asyncio.TimerHandle | None = None
         self._making_room = False
         self._notes: list[float] = []
         self._full: list[float] = []
@@ -221,6 +230,7 @@ class Server:
             self._worker = self.make_worker()
             self.fds.total = max(budget.available_fds(), 2 * budget.FDS_PER_SESSION)
             if self._listener is not None:
+                self._lobby = Lobby(self._reserve_lobby(), self._close_socket, self._let_in)
                 loop.add_reader(self._listener, self._on_connection)
                 self.report("listening", path=None if self.path is None else str(self.path))
             elif self._given is not None:
@@ -238,6 +248,9 @@ class Server:
         if self._listener is not None:
             loop.remove_reader(self._listener)
             self._listener.close()
+        self._cancel_next()
+        if self._lobby is not None:
+            self._lobby.close()
         if self._given is not None:
             self._given.close()
         if remove is not None and self.path is not None and sockets.identify(self.path) == remove:
@@ -269,6 +282,12 @@ class Server:
 
     # Front-ends that come and go.
 
+    def _reserve_lobby(self) -> int:
+        """Set fds aside for connections that wait, at most an eighth; return for how many."""
+        most = max(1, min(LOBBY_MAX, self.fds.total // 8))
+        self.fds.total -= most
+        return most
+
     @property
     def _room(self) -> int:
         """How many front-ends can be served at once."""
@@ -277,30 +296,55 @@ class Server:
 
     def _on_connection(self) -> None:
         assert self._listener is not None
-        if not self._accepts.take():
-            self._pause(1 / ACCEPTS_PER_SECOND)
-            return
-        if self._is_full() and self._make_room():
-            return
-        try:
-            sock, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            if is_rare(self._full, 1):
-                _log.warning("no front-end can be accepted now: %s", error.strerror)
-            self._pause(ACCEPT_PAUSE_SECONDS)
-            return
-        if self._is_full():
-            self._note(
-                f"a front-end was hung up on: {len(self._sessions)} are served, and all of them run (at most "
-                f"{self._room}). Raise sessions_max or RLIMIT_NOFILE"
-            )
-            self._aside.submit(sock.close)  # what is in flight in it is freed with it
-            if self._aside.waiting > REFUSED_MAX:
+        assert self._lobby is not None
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                sock, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if is_rare(self._full, 1):
+                    _log.warning("no front-end can be accepted now: %s", error.strerror)
                 self._pause(ACCEPT_PAUSE_SECONDS)
-        else:
-            self._begin(sock)
+                return
+            self._lobby.add(sock)
+            if self._aside.waiting > REFUSED_MAX:  # closing takes its time
+                self._pause(CLOSING_PAUSE_SECONDS)
+                return
+
+    def _close_socket(self, sock: socket.socket) -> None:
+        self._aside.submit(sock.close)  # what is in flight in it is freed with it
+
+    def _let_in(self) -> None:
+        """Begin with connections that have spoken, as far as there is room and it is their time."""
+        assert self._lobby is not None
+        self._cancel_next()
+        while self._lobby.speakers and not self._stop.is_set():
+            if not self._begins.take():
+                self._let_in_later(1 / BEGINS_PER_SECOND)
+                return
+            if self._is_full() and self._make_room():
+                return
+            sock = self._lobby.take()
+            if sock is None:
+                return
+            if self._is_full():
+                self._note(
+                    f"a front-end was hung up on: {len(self._sessions)} are served, and all of them run (at "
+                    f"most {self._room}). Raise sessions_max or RLIMIT_NOFILE"
+                )
+                self._close_socket(sock)
+            else:
+                self._begin(sock)
+
+    def _let_in_later(self, seconds: float) -> None:
+        self._cancel_next()
+        self._next = asyncio.get_running_loop().call_later(seconds, self._let_in)
+
+    def _cancel_next(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
 
     def _is_full(self) -> bool:
         if not self._sessions:
@@ -310,19 +354,19 @@ class Server:
     def _make_room(self) -> bool:
         """Hang up on the oldest of the front-ends that have come least far; False if all are guests that run.
 
-        The new one waits in the listener's backlog until there is room, and others had time to start.
+        The new one waits in the lobby until there is room, and others had time to start.
         """
         waiting = [one for one in self._sessions if one.standing < 3 and not one.is_ending]
         if not waiting:
             return False
         waiting = [one for one in waiting if one.age > GRACE_SECONDS]
         if not waiting:
-            self._pause(GRACE_SECONDS / 10)
+            self._let_in_later(GRACE_SECONDS / 10)
             return True
         oldest = min(waiting, key=lambda session: (session.standing, session.number))
         self._note(f"front-end {oldest.number} was hung up on to make room: it has not started")
         oldest.hang_up("another front-end took the place: this one has not started")
-        self._pause(ACCEPT_PAUSE_SECONDS)
+        self._let_in_later(ACCEPT_PAUSE_SECONDS)
         self._making_room = True
         return True
 
@@ -368,7 +412,7 @@ class Server:
             _log.error("front-end %d was not closed in order", session.number, exc_info=task.exception())
         if self._making_room:
             self._making_room = False
-            self._go_on()
+            self._let_in()
         if self._once:
             self.stop()
 

@@ -39,7 +39,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("mmio", "pci", "vhost_user"),
     ("testing",),
     ("control", "metrics", "plot", "sockets", "guest", "kicks", "aside", "budget", "disposal"),
-    ("session", "output"),
+    ("session", "output", "lobby"),
     ("serve", "demo"),
     ("__init__",),
     ("cli",),

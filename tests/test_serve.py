@@ -416,7 +416,7 @@ def test_stale_connection_does_not_block_the_next(running: Running, path: Path) 
         half.send_raw(struct.pack("=II", 1, 1))  # and never a third word
         third.start_like_uml(drop=Feature.PAGE_POISON)
         check_reporting(third)
-        assert len(running.server.sessions) == 3
+        assert len(running.server.sessions) == 2  # the one that said nothing is in the lobby
 
 
 def test_two_guests_at_once(running: Running, path: Path) -> None:
@@ -450,6 +450,7 @@ def test_a_guest_that_runs_is_never_dropped_for_another(run: Callable[..., Runni
             front_end.start_like_uml()
         two.rmmod_like_uml()  # it has run, and may again
         with FrontEnd.connect(path) as three:
+            three.send(Request.GET_FEATURES)
             assert three.is_gone()
         for front_end in (one, two):
             front_end.ask_u64(Request.GET_FEATURES)
@@ -460,25 +461,40 @@ def test_idle_strangers_make_room_for_a_guest(
 ) -> None:
     monkeypatch.setattr(serve, "GRACE_SECONDS", 0.1)
     running = run(sessions_max=2)
-    with FrontEnd.connect(path) as speaks, FrontEnd.connect(path) as silent:
+    with FrontEnd.connect(path) as speaks, FrontEnd.connect(path) as has_memory:
         speaks.ask_u64(Request.GET_FEATURES)
-        wait_until(lambda: len(running.server.sessions) == 2)
+        has_memory.boot_like_uml()
+        has_memory.demand(Request.SET_MEM_TABLE, has_memory.memory_table(), [has_memory.memory_fd])
+        assert len(running.server.sessions) == 2
         with FrontEnd.connect(path) as one:
             one.start_like_uml()
-            assert silent.is_gone()  # what has come least far goes first
-            speaks.ask_u64(Request.GET_FEATURES)
+            assert speaks.is_gone()  # what has come least far goes first
+            has_memory.ask_u64(Request.GET_FEATURES)
             with FrontEnd.connect(path) as two:
                 two.start_like_uml()
-                assert speaks.is_gone()
+                assert has_memory.is_gone()
                 assert "another front-end took the place" in running.wait("disconnected")["reason"]
                 one.ask_u64(Request.GET_FEATURES)
+
+
+def test_strangers_that_say_nothing_take_no_place(run: Callable[..., Running], path: Path) -> None:
+    running = run(sessions_max=1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX))).connect(str(path))
+        with FrontEnd.connect(path) as front_end:
+            front_end.start_like_uml(drop=Feature.PAGE_POISON)
+            check_reporting(front_end)
+            assert len(running.server.sessions) == 1
 
 
 def test_newcomers_do_not_hang_up_on_each_other(run: Callable[..., Running], path: Path) -> None:
     """Whoever has just come has time to start, however many others wait."""
     running = run(sessions_max=1)
     with FrontEnd.connect(path) as one, FrontEnd.connect(path) as two:
-        wait_until(lambda: len(running.server.sessions) == 1)
+        one.ask_u64(Request.GET_FEATURES)
+        two.send(Request.GET_FEATURES)
+        assert len(running.server.sessions) == 1
         one.start_like_uml()
         assert two.is_gone()
         one.ask_u64(Request.GET_FEATURES)
@@ -487,13 +503,12 @@ def test_newcomers_do_not_hang_up_on_each_other(run: Callable[..., Running], pat
 # Budgets and deadlines.
 
 
-@pytest.mark.parametrize("sent", [b"", struct.pack("=III", Request.GET_FEATURES, 1, 0)[:7]])
 def test_a_connection_has_a_deadline_for_its_first_message(
-    running: Running, path: Path, monkeypatch: Any, sent: bytes
+    running: Running, path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(session, "HANDSHAKE_SECONDS", 0.1)
     with FrontEnd.connect(path) as front_end:
-        front_end.send_raw(sent)
+        front_end.send_raw(struct.pack("=III", Request.GET_FEATURES, 1, 0)[:7])
         assert front_end.is_gone()
         assert "no message within 0.1 s" in running.wait("disconnected")["reason"]
 
@@ -843,15 +858,15 @@ def test_a_front_end_whose_fd_is_stuck_holds_no_other_and_not_the_end(
         check_reporting(good)
         good.rmmod_like_uml()
         good.insmod_like_uml(drop=Feature.PAGE_POISON)
-        (other,) = [one for one in running.server.sessions if one.number == 1]
+        (other,) = [one for one in running.server.sessions if one.number == 2]
         bad.close()  # it keeps its place until it is done
         good.ask_u64(Request.GET_FEATURES)
         assert other in running.server.sessions
         running.loop.call_soon_threadsafe(running.server.stop)
         running.thread.join(10)
         assert not running.thread.is_alive()
-        assert any("front-end 1" in what for what in running.server.left)
-        assert "left behind: front-end 1" in caplog.text
+        assert any("front-end 2" in what for what in running.server.left)
+        assert "left behind: front-end 2" in caplog.text
         assert good.is_gone()
     stuck.leave.set()
     free_what_was_left(other)
@@ -1356,6 +1371,7 @@ def test_device_that_cannot_be_made_costs_the_connection(run: Callable[..., Runn
     run(make_device=partial(Balloon, target_bytes=-1))
     for _ in range(2):
         with FrontEnd.connect(path) as front_end:
+            front_end.send(Request.GET_FEATURES)
             assert front_end.is_gone()
 
 
@@ -1434,7 +1450,8 @@ def test_whatever_comes_the_server_lives_and_every_fd_is_closed(
             for data, count in chunks:
                 if data:
                     front_end.send_raw(data, [dice.choice(pool) for _ in range(count)])
-    running.wait("disconnected")
+    if start or any(data for data, _ in chunks):  # else it was never a front-end
+        running.wait("disconnected")
     assert running.thread.is_alive()
     wait_until(lambda: open_fds() == before)
     with FrontEnd.connect(path, memory_bytes=MIB) as front_end:
