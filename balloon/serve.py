@@ -24,6 +24,7 @@ from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
 from balloon.guest import check_interval, is_rare
 from balloon.memory import GuestMemory
+from balloon.served import Owner
 from balloon.session import Event, Session
 from balloon.spec import Feature
 
@@ -115,8 +116,8 @@ class Server:
         self.discard_hugetlb = discard_hugetlb
         self.dispose = dispose
         self.memory_max = memory_max
-        self.owners: dict[DataQueue, Session] = {}
-        """Which session has a queue that is attached; for the sessions' use."""
+        self.owners: dict[DataQueue, Owner] = {}
+        """Whose is a queue that is attached; for the sessions' use."""
         self.fds = budget.Pool(0)
         """The fds that sessions share; for the sessions' use."""
         self.mapped = budget.Pool(memory_max_total)

@@ -32,7 +32,7 @@ from bench import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balloon import budget, serve, session, sockets
+from balloon import budget, mapped, serve, served, session, sockets
 from balloon._kernel import file_kind
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
@@ -632,7 +632,7 @@ def test_a_front_end_that_floods_is_paused_and_loses_nothing(
 def test_a_ring_for_which_there_is_no_fd_left_starts_later(
     running: Running, path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    monkeypatch.setattr(session, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(served, "RETRY_SECONDS", 0.05)
 
     class Full:
         """A worker that has no fd left, four times."""
@@ -653,8 +653,8 @@ def test_a_ring_for_which_there_is_no_fd_left_starts_later(
     with FrontEnd.connect(path, **QEMU) as front_end:
         front_end.ask_u64(Request.GET_FEATURES)
         (one,) = running.server.sessions
-        full = Full(one._worker)
-        running.call(setattr, one, "_worker", full)
+        full = Full(one._rings.worker)
+        running.call(setattr, one._rings, "worker", full)
         front_end.start_like_qemu(drop=Feature.PAGE_POISON)
         check_reporting(front_end)
         assert full.failures == 4
@@ -663,7 +663,7 @@ def test_a_ring_for_which_there_is_no_fd_left_starts_later(
         full.failures = 0
         front_end.insmod_like_qemu(drop=Feature.PAGE_POISON)
         front_end.stop_like_qemu()  # before they have started
-        assert one._starting == {}
+        assert one._rings._starting == {}
 
 
 def test_a_host_without_fds_accepts_later_and_logs_it_once(
@@ -717,12 +717,12 @@ def test_memory_on_a_disk_is_served_by_a_worker_of_its_own(
         os.ftruncate(disk_fd, 64 * MIB)
         for front_end in (slow, fast):
             front_end.start_like_qemu(drop=Feature.PAGE_POISON)
-        shared = running.server.sessions[0]._worker
+        shared = running.server.sessions[0]._rings.worker
         added = bytes(8) + struct.pack("=4Q", 1 << 32, 64 * MIB, 0x7E00_0000_0000, 0)
         slow.demand(Request.ADD_MEM_REG, added, [disk_fd])
         one, other = running.server.sessions
-        assert one._worker is not shared
-        assert other._worker is shared
+        assert one._rings.worker is not shared
+        assert other._rings.worker is shared
         check_reporting(slow)
         check_reporting(fast)
 
@@ -732,14 +732,14 @@ def test_a_guest_that_was_slow_gets_a_worker_of_its_own(running: Running, path: 
         for front_end in (slow, fast):
             front_end.start_like_uml(drop=Feature.PAGE_POISON)
         one, other = running.server.sessions
-        shared = one._worker
+        shared = one._rings.worker
         kept = one.device.queue(reporting(slow))
         for _ in range(3):
             running.call(one.on_event, "slow", kept)
-        wait_until(lambda: running.call(lambda: one._moving is None))
-        assert one._worker is not shared
-        assert other._worker is shared
-        assert set(one._attached) == set(one.backend.running)
+        wait_until(lambda: running.call(lambda: one._rings._moving is None))
+        assert one._rings.worker is not shared
+        assert other._rings.worker is shared
+        assert set(one._rings._attached) == set(one.backend.running)
         assert running.call(one.describe)["slow"] == 3
         assert "is slow" in caplog.text
         for _ in range(2):
@@ -762,12 +762,12 @@ def test_a_slow_guest_is_moved_while_its_rings_are_stopped_and_started(running: 
             assert held.entered.wait(10)
             running.call(one.on_event, "slow", one.device.queue(index))
             front_end.send(Request.SET_VRING_ENABLE, front_end.state(index, 0), (), 9)
-            wait_until(lambda: index in one._quiescing)
+            wait_until(lambda: index in one._rings._quiescing)
             held.leave.set()
             assert front_end.read_reply(Request.SET_VRING_ENABLE) == bytes(8)
-        wait_until(lambda: running.call(lambda: one._moving is None))
-        assert index not in one._attached
-        assert one._own_worker is not None
+        wait_until(lambda: running.call(lambda: one._rings._moving is None))
+        assert index not in one._rings._attached
+        assert one._rings._own_worker is not None
         front_end.demand(Request.SET_VRING_ENABLE, front_end.state(index, 1))
         assert len(ring.take_used()) == 1
         front_end.wait_call(index)
@@ -777,7 +777,7 @@ def test_a_slow_guest_is_moved_while_its_rings_are_stopped_and_started(running: 
 def test_a_file_of_an_unknown_kind_is_refused_unless_the_operator_says_so(
     run: Callable[..., Running], path: Path, caplog: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(session, "file_kind", lambda fd: "unknown")
+    monkeypatch.setattr(mapped, "file_kind", lambda fd: "unknown")
     first = run()
     with FrontEnd.connect(path) as front_end:
         front_end.boot_like_uml()
@@ -789,7 +789,7 @@ def test_a_file_of_an_unknown_kind_is_refused_unless_the_operator_says_so(
     with FrontEnd.connect(path) as front_end:
         front_end.start_like_uml(drop=Feature.PAGE_POISON)
         check_reporting(front_end)
-        assert running.server.sessions[0]._own_worker is not None
+        assert running.server.sessions[0]._rings._own_worker is not None
 
 
 def test_flags_of_fds_that_are_shared_stay_as_they_are(running: Running, path: Path) -> None:
@@ -837,7 +837,7 @@ def test_a_front_end_whose_fd_is_stuck_holds_no_other_and_not_the_end(
         good.start_like_uml(drop=Feature.PAGE_POISON)
         bad.boot_like_uml()
         with monkeypatch.context() as patch:
-            patch.setattr(session, "file_kind", stuck)
+            patch.setattr(mapped, "file_kind", stuck)
             bad.send(Request.SET_MEM_TABLE, bad.memory_table(), [bad.memory_fd], 9)
             assert stuck.entered.wait(10)
         check_reporting(good)
@@ -886,7 +886,7 @@ def free_what_was_left(one: Session) -> None:
     one.memory.close()
     one._socket.close()
     sockets.close_fds(one._inbox.fds)
-    for ring in one._rings:
+    for ring in one._rings.fds:
         sockets.close_fds([fd for fd in (ring.kick, ring.call, ring.err) if fd >= 0])
     if one._channel is not None:
         one._channel.close()
@@ -906,7 +906,7 @@ def test_memory_is_mapped_and_freed_outside_the_event_loop(
 
     for name in ("replace", "remove", "add_fd", "close"):
         monkeypatch.setattr(GuestMemory, name, note(getattr(GuestMemory, name)))
-    monkeypatch.setattr(session, "file_kind", note(session.file_kind))
+    monkeypatch.setattr(mapped, "file_kind", note(mapped.file_kind))
     monkeypatch.setattr(sockets, "close_fds", note(sockets.close_fds))
     monkeypatch.setattr(sockets, "signal", note(sockets.signal))
     with FrontEnd.connect(path, **QEMU) as front_end:
@@ -1010,7 +1010,7 @@ def test_fds_of_two_messages_in_one_write_do_not_mix(running: Running, path: Pat
         front_end.send_raw(struct.pack("=IIIQ", Request.SET_VRING_CALL, 9, 8, 2), calls[2:3])
         for _ in range(2):
             assert front_end.read_reply(Request.SET_VRING_CALL) == bytes(8)
-        kept = running.call(lambda: [ring.call for ring in session._rings[:3]])
+        kept = running.call(lambda: [ring.call for ring in session._rings.fds[:3]])
         assert [os.path.sameopenfile(fd, call) for fd, call in zip(kept, calls, strict=True)] == [True] * 3
         sockets.close_fds(calls)
 
