@@ -180,6 +180,7 @@ class ServedRings:
 
         :raise PeerError: it cannot be served with these fds.
         """
+        self._start_no_more(index)
         queue = self._owner.device.queue(index)
         ring = self.fds[index]
         try:
@@ -195,8 +196,11 @@ class ServedRings:
         self._attached[index] = queue
         self._host.owners[queue] = self._owner
 
+    def _start_no_more(self, index: int) -> None:
+        if (timer := self._starting.pop(index, None)) is not None:
+            timer.cancel()
+
     def _attach_again(self, index: int) -> None:
-        self._starting.pop(index, None)
         try:
             self.attach(index)
         except PeerError as error:
@@ -220,8 +224,7 @@ class ServedRings:
         loop = asyncio.get_running_loop()
         waits = set()
         for index in indices:
-            if (timer := self._starting.pop(index, None)) is not None:
-                timer.cancel()
+            self._start_no_more(index)
             if index in self._attached:
                 token = self.worker.detach(self._attached[index])
                 waits.add(self._detaching.setdefault(token, loop.create_future()))

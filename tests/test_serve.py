@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 
 from balloon import budget, mapped, serve, served, session, sockets
 from balloon._kernel import file_kind
+from balloon._worker import Worker
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
 from balloon.memory import GuestMemory
@@ -664,6 +665,42 @@ def test_a_ring_for_which_there_is_no_fd_left_starts_later(
         front_end.insmod_like_qemu(drop=Feature.PAGE_POISON)
         front_end.stop_like_qemu()  # before they have started
         assert one._rings._starting == {}
+
+
+def test_a_ring_that_was_to_start_later_is_started_once(
+    running: Running, path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(served, "RETRY_SECONDS", 60.0)
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+        (one,) = running.server.sessions
+        rings = one._rings
+        full = Refusing(rings.worker, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        running.call(setattr, rings, "worker", full)
+        front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        assert len(rings._starting) == 1
+        (attached, *_) = rings._attached.values()
+        running.call(one.on_event, "slow", attached)  # now all rings go to another worker
+        wait_until(lambda: running.call(lambda: rings._moving is None))
+        assert set(rings._attached) == set(one.backend.running)
+        assert rings._starting == {}  # a second start would cost the session
+        check_reporting(front_end)
+
+
+class Refusing:
+    """A worker that refuses the first ring that is to be attached."""
+
+    def __init__(self, worker: Any, error: Exception) -> None:
+        self.worker = worker
+        self.errors = [error]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.worker, name)
+
+    def attach(self, *arguments: Any) -> None:
+        if self.errors:
+            raise self.errors.pop()
+        self.worker.attach(*arguments)
 
 
 def test_a_host_without_fds_accepts_later_and_logs_it_once(
