@@ -460,7 +460,7 @@ class Session(Guest):
             self._perform(self.backend.alive(), [])
         except PeerError as error:
             self._warn(str(error))
-            self.hang_up()
+            self.hang_up(str(error))
         self._look_at_life()
 
     def _ask_for_life(self) -> None:

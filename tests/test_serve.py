@@ -703,6 +703,21 @@ class Refusing:
         self.worker.attach(*arguments)
 
 
+def test_a_ring_that_cannot_start_at_a_sign_of_life_ends_the_session_with_that_reason(
+    running: Running, path: Path
+) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        (one,) = running.server.sessions
+        front_end.ask_u64(Request.GET_FEATURES)  # a farewell
+        assert running.call(lambda: one.backend.resting)
+        refusing = Refusing(one._rings.worker, StateError("not this one"))
+        running.call(setattr, one._rings, "worker", refusing)
+        front_end.kick(reporting(front_end))
+        reason = running.wait("disconnected")["reason"]
+    assert "cannot be served: not this one" in reason
+
+
 def test_a_host_without_fds_accepts_later_and_logs_it_once(
     running: Running, path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
