@@ -432,7 +432,7 @@ class Session(Guest):
 
     def _watch(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
         """Go on sending when the socket can be written, for as long as something is unsent."""
-        if box.unsent:
+        if box.unsent and not self._closed:
             asyncio.get_running_loop().add_writer(sock.fileno(), self._flush, sock, box)
 
     def _flush(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
@@ -508,7 +508,9 @@ class Session(Guest):
         self._leave_loop("the server stops")
 
     def _leave_loop(self, reason: str) -> None:
-        """Take everything out of the event loop but the wait for the rings."""
+        """Take everything out of the event loop but the wait for the rings. A second call does nothing."""
+        if self._closed:
+            return
         self._ending = self._ending or reason
         self._expect(None)
         self._let_go()

@@ -932,6 +932,26 @@ def test_a_discard_that_is_stuck_does_not_hold_the_end(run: Callable[..., Runnin
     free_what_was_left(one)
 
 
+def test_a_front_end_that_is_stuck_in_its_own_end_does_not_hold_the_servers(
+    run: Callable[..., Running], path: Path
+) -> None:
+    stuck = Stuck()
+    running = run()
+    with FrontEnd.connect(path) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+        (one,) = running.server.sessions
+        running.call(one._aside.submit, stuck)  # as a close(2) of one of its fds
+        assert stuck.entered.wait(10)
+    wait_until(lambda: running.call(lambda: one._closed))
+    running.loop.call_soon_threadsafe(running.server.stop)
+    running.thread.join(10)
+    assert running.failure is None
+    assert [what.partition(":")[0] for what in running.server.left] == ["front-end 1"]
+    assert not running.server._workers
+    stuck.leave.set()
+    wait_until(lambda: one._aside.waiting == 0)
+
+
 def free_what_was_left(one: Session) -> None:
     """Free what a server that has returned leaves to its program's end."""
     wait_until(lambda: one._aside.waiting == 0)
