@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -40,6 +41,8 @@ SETTLE_SECONDS: Final = 1.0
 """For how long rings whose driver may leave are served before what is left of their requests is cut short."""
 KICK_PAUSE_SECONDS: Final = 0.05
 """How long kicks are not looked at after one that could not start its ring."""
+
+_log = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
@@ -344,12 +347,17 @@ class ServedRings:
         self._close_fds([fd for ring in self.fds for fd in (ring.kick, ring.call, ring.err) if fd >= 0])
 
     def close_worker(self) -> None:
-        """Close the worker that is this session's own; it may take its time.
-
-        :raise StateError: it did not end in time.
-        """
-        if self._own_worker is not None:
-            self._own_worker.close()
+        """Close the worker that is this session's own, which may take its time; for the background."""
+        worker = self._own_worker
+        while worker is not None:
+            try:
+                worker.close()
+            except StateError:  # its thread is in the kernel yet
+                _log.exception("front-end %d: its worker goes on", self._owner.number)
+                continue
+            except OSError as error:
+                _log.error("front-end %d: its worker was not closed in order: %s", self._owner.number, error)
+            return
 
 
 def check_signal_fd(what: str, index: int, fd: int | None) -> None:

@@ -952,6 +952,38 @@ def test_a_front_end_that_is_stuck_in_its_own_end_does_not_hold_the_servers(
     wait_until(lambda: one._aside.waiting == 0)
 
 
+def test_a_worker_that_ends_late_costs_no_memory(
+    running: Running, path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    class Late:
+        """A worker that has not ended at the first call of `close`."""
+
+        def __init__(self, **options: Any) -> None:
+            self.worker = Worker(**options)
+            self.closes = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.worker, name)
+
+        def close(self, *arguments: Any) -> None:
+            self.closes += 1
+            if self.closes == 1:
+                raise StateError("a drain did not end")
+            self.worker.close(*arguments)
+
+    monkeypatch.setattr(serve, "Worker", Late)
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        (one,) = running.server.sessions
+        running.call(one.on_event, "slow", one.device.queue(reporting(front_end)))
+        wait_until(lambda: running.call(lambda: one._rings._moving is None))
+        assert isinstance(one._rings.worker, Late)
+    running.wait("disconnected")
+    assert one._rings.worker.closes == 2
+    assert one.memory.regions == ()
+    assert "front-end 1: its worker goes on" in caplog.text
+
+
 def free_what_was_left(one: Session) -> None:
     """Free what a server that has returned leaves to its program's end."""
     wait_until(lambda: one._aside.waiting == 0)
