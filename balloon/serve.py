@@ -348,14 +348,16 @@ class Server:
         self._count += 1
         try:
             session = Session(self, self._worker, sock, self._count)
-        except Exception:
+            self._ends.register(sock.fileno(), select.EPOLLET)  # nothing but the end, which is always told
+        except Exception:  # there is no device for it, or no room
             self._aside.submit(sock.close)
             if is_rare(self._failures, NOTES_MAX):
-                _log.exception("front-end %d: there is no device for it", self._count)
+                _log.exception("front-end %d cannot be served; connection closed", self._count)
+            if self._once:
+                self.stop()
             return
         self.fds.take(session, budget.FDS_PER_SESSION)
         self._connections[sock.fileno()] = session
-        self._ends.register(sock.fileno(), select.EPOLLET)  # nothing but the end, which is always told
         task = asyncio.get_running_loop().create_task(session.run())
         self._sessions[session] = task
         self._poll(session)

@@ -1463,6 +1463,41 @@ def test_device_that_cannot_be_made_costs_the_connection(run: Callable[..., Runn
             assert front_end.is_gone()
 
 
+def test_a_connected_fd_for_which_there_is_no_device_ends_the_server(run: Callable[..., Running]) -> None:
+    near, far = socket.socketpair()
+    running = run(fd=far.detach(), connected=True, make_device=partial(Balloon, target_bytes=-1))
+    with FrontEnd(near) as front_end:
+        assert front_end.is_gone()
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+
+
+def test_a_front_end_whose_end_cannot_be_watched_is_hung_up_on(running: Running, path: Path) -> None:
+    class Full:
+        """An epoll set that takes nothing more, once."""
+
+        def __init__(self, ends: Any) -> None:
+            self.ends = ends
+            self.failed = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.ends, name)
+
+        def register(self, *arguments: Any) -> None:
+            if not self.failed:
+                self.failed = True
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.ends.register(*arguments)
+
+    running.call(setattr, running.server, "_ends", Full(running.server._ends))
+    with FrontEnd.connect(path) as front_end:
+        assert front_end.is_gone()
+    assert running.call(lambda: running.server._connections) == {}
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        check_reporting(front_end)
+
+
 def test_listener_of_events_that_fails_harms_nobody(path: Path) -> None:
     def fail(event: Any) -> None:
         raise RuntimeError("no room")
