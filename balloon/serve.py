@@ -25,6 +25,7 @@ from balloon.errors import ConfigError, StateError
 from balloon.guest import check_interval, is_rare
 from balloon.lobby import Lobby
 from balloon.memory import GuestMemory
+from balloon.served import Owner
 from balloon.session import Event, Session
 from balloon.spec import Feature
 
@@ -122,8 +123,8 @@ class Server:
         self.discard_hugetlb = discard_hugetlb
         self.dispose = dispose
         self.memory_max = memory_max
-        self.owners: dict[DataQueue, Session] = {}
-        """Which session has a queue that is attached; for the sessions' use."""
+        self.owners: dict[DataQueue, Owner] = {}
+        """Whose is a queue that is attached; for the sessions' use."""
         self.fds = budget.Pool(0)
         """The fds that sessions share; for the sessions' use."""
         self.mapped = budget.Pool(memory_max_total)
@@ -391,14 +392,16 @@ class Server:
         self._count += 1
         try:
             session = Session(self, self._worker, sock, self._count)
-        except Exception:
+            self._ends.register(sock.fileno(), select.EPOLLET)  # nothing but the end, which is always told
+        except Exception:  # there is no device for it, or no room
             self._aside.submit(sock.close)
             if is_rare(self._failures, NOTES_MAX):
-                _log.exception("front-end %d: there is no device for it", self._count)
+                _log.exception("front-end %d cannot be served; connection closed", self._count)
+            if self._once:
+                self.stop()
             return
         self.fds.take(session, budget.FDS_PER_SESSION)
         self._connections[sock.fileno()] = session
-        self._ends.register(sock.fileno(), select.EPOLLET)  # nothing but the end, which is always told
         task = asyncio.get_running_loop().create_task(session.run())
         self._sessions[session] = task
         self._poll(session)

@@ -1,6 +1,7 @@
-"""One front-end of the vhost-user back-end: its socket, its memory and its device.
+"""One front-end of the vhost-user back-end: its socket, its messages and what is done about them.
 
-`balloon.serve` makes a `Session` for each front-end that connects. Nothing here waits but in `await`. Rules:
+`balloon.serve` makes a `Session` for each front-end that connects. The session has rooms of their own for its
+rings (`balloon.served`) and its memory (`balloon.mapped`). Nothing here waits but in `await`. Rules:
 
 * What is sent is sent without blocking, and a front-end that does not read its answers is closed.
 * A message is read to its last byte and not further, so that the fds of two messages do not mix.
@@ -17,22 +18,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
 from balloon import budget, sockets, spec
-from balloon._kernel import file_kind
 from balloon._worker import Worker
 from balloon.aside import Aside
 from balloon.device import Balloon, Effect
-from balloon.errors import BalloonError, ConfigError, PeerError, StateError
+from balloon.errors import ConfigError, PeerError, StateError
 from balloon.guest import Guest, is_rare
-from balloon.kicks import KickWatch
-from balloon.memory import FdRegion, GuestMemory
+from balloon.mapped import MappedMemory, MemoryHost
+from balloon.memory import GuestMemory
+from balloon.served import ServedRings, WorkerHost
 from balloon.vhost_user import actions as do
 from balloon.vhost_user.backend import Backend
 from balloon.vhost_user.messages import Message, Request
@@ -46,15 +46,6 @@ HANDSHAKE_SECONDS: Final = 10.0
 """How long a new connection may stay without one whole message, and any message without its end."""
 THINK_SECONDS: Final = 0.0005
 """A front-end that says nothing for so long after an answer is not paused."""
-RETRY_SECONDS: Final = 0.5
-"""After how long a ring is started again for which this process had no fd left."""
-
-SLOW_SECONDS: Final = 10.0
-"""After how long a ring that does not become quiet gets a line in the log."""
-SETTLE_SECONDS: Final = 1.0
-"""For how long rings whose driver may leave are served before what is left of their requests is cut short."""
-KICK_PAUSE_SECONDS: Final = 0.05
-"""How long kicks are not looked at after one that could not start its ring."""
 TARGETS_MAX: Final = 60
 """Events in a minute for one front-end's target: memory that comes and goes changes what is shown."""
 WARNINGS_MAX: Final = 20
@@ -68,15 +59,11 @@ MEMORY_REQUESTS: Final = (Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.RE
 _log = logging.getLogger(__name__)
 
 
-class Host(Protocol):
+class Host(WorkerHost, MemoryHost, Protocol):
     """What a session needs of its server."""
 
-    owners: dict[DataQueue, Session]
-    """Which session has a queue that is attached."""
     fds: budget.Pool
     """The fds that sessions share."""
-    mapped: budget.Pool
-    """The bytes of guest memory that sessions may map, together."""
     turns: budget.Turns
     """Which sessions use the event loop."""
 
@@ -84,42 +71,11 @@ class Host(Protocol):
     def make_device(self) -> Callable[[GuestMemory], Balloon]:
         """Makes the device of one front-end."""
 
-    @property
-    def dispose(self) -> Callable[[int], object]:
-        """Closes an fd whose close(2) may never return."""
-
-    @property
-    def any_file(self) -> bool:
-        """Whether guest memory may lie in a file of any file system."""
-
-    @property
-    def discard_hugetlb(self) -> bool:
-        """Whether huge pages of hugetlbfs are given back."""
-
-    @property
-    def memory_max(self) -> int:
-        """Bytes of guest memory that one front-end may map."""
-
     def report(self, event: str, **details: Any) -> None:
         """Hand an event to its listener."""
 
     def unwatch(self, sock: socket.socket) -> None:
         """Watch no more for the end of a connection that is about to be closed."""
-
-    def make_worker(self) -> Worker:
-        """Make a worker for one session, whose events reach the sessions."""
-
-    def forget_worker(self, worker: Worker) -> None:
-        """Take no more events of a worker that is about to be closed."""
-
-
-@dataclasses.dataclass
-class _RingFds:
-    """The fds of one ring; they belong to the session."""
-
-    kick: int = -1
-    call: int = -1
-    err: int = -1
 
 
 class Session(Guest):
@@ -129,23 +85,22 @@ class Session(Guest):
         memory = GuestMemory()
         super().__init__(server.make_device(memory), number)
         self._server = server
-        self._worker = worker
-        self._own_worker: Worker | None = None
         self._aside = Aside(f"balloon front-end {number}")
         self._socket = sock
         self._inbox = sockets.Inbox(sock)
         self._outbox = sockets.Outbox(sock)
         self._channel: sockets.Channel | None = None
-        self._rings = [_RingFds() for _ in range(spec.QUEUE_COUNT)]
-        self._attached: dict[int, DataQueue] = {}
-        self._detaching: dict[int, asyncio.Future[None]] = {}
-        self._settling: dict[DataQueue, asyncio.Future[None]] = {}
-        self._kicks: KickWatch | None = None
+        self._rings = ServedRings(server, self, worker, self._aside, warn=self._warn, on_kick=self._on_kick)
+        self._mapped = MappedMemory(
+            server,
+            self,
+            memory,
+            self._run_aside,
+            use_own_worker=self._rings.use_own_worker,
+            warn=self._warn,
+        )
         self._awake = asyncio.Event()
         self._resumed = False
-        self._quiescing: set[int] = set()
-        self._starting: dict[int, asyncio.TimerHandle] = {}
-        self._moving: asyncio.Task[None] | None = None
         self._waiting: asyncio.Future[None] | None = None
         self._pausing: asyncio.Future[None] | None = None
         self._watched = False
@@ -159,7 +114,6 @@ class Session(Guest):
         self._messages = 0
         self._started = False
         self._served = False
-        self._slow = 0
         self._warnings: list[float] = []
         self._targets: list[float] = []
         self._target = self.device.requested_bytes, self.device.target_bytes
@@ -220,7 +174,7 @@ class Session(Guest):
             "counters": dataclasses.asdict(self.device.counters),
             "actual_bytes": self.device.actual_bytes,
             "target_bytes": self.device.target_bytes,
-            "slow": self._slow,
+            "slow": self._rings.slow,
             "regions": [
                 {
                     "guest_address": region.guest_address,
@@ -366,7 +320,6 @@ class Session(Guest):
             actions = self.backend.receive(message, fds)
             while (waiting := self._perform(actions, fds)) is not None:
                 error = await self._wait_for(waiting)
-                self._quiescing.clear()
                 actions = self.backend.resume(waiting.token, error)
         except PeerError:
             with contextlib.suppress(PeerError):
@@ -375,9 +328,8 @@ class Session(Guest):
         finally:
             if fds:
                 self._close_fds(fds)
-            self._quiescing.clear()
         if message.request in MEMORY_REQUESTS:
-            self._server.mapped.shrink(self, self.memory.size)
+            self._mapped.settle()
             self._apply(self.device.memory_changed())
             self._tell_target()
         self._look_at_hinting()
@@ -414,21 +366,21 @@ class Session(Guest):
                 case do.Reply(data):
                     self._send(data)
                 case do.SetKick(index, fd):
-                    self._check_signal_fd("kick", index, fd)
-                    self._unwatch(index)
-                    self._rings[index].kick = self._replace(self._rings[index].kick, fd, fds)
+                    self._rings.set_kick(index, fd)
+                    _forget(fd, fds)
                 case do.SetErr(index, fd):
-                    self._check_signal_fd("error", index, fd)
-                    self._rings[index].err = self._replace(self._rings[index].err, fd, fds)
+                    self._rings.set_err(index, fd)
+                    _forget(fd, fds)
                 case do.SetCall(index, fd):
-                    self._check_signal_fd("call", index, fd)
-                    self._set_call(index, fd, fds)
+                    self._rings.set_call(index, fd)
+                    _forget(fd, fds)
                 case do.SetChannel(fd):
-                    self._set_channel(fd, fds)
+                    self._set_channel(fd)
+                    _forget(fd, fds)
                 case do.Start(index):
-                    self._attach(index)
+                    self._rings.attach(index)
                 case do.SignalErr(index):
-                    self._signal_err(index)
+                    self._rings.signal_err(index)
                 case do.NotifyConfig():
                     if self._channel is not None:
                         self._channel.notify_config()
@@ -441,96 +393,16 @@ class Session(Guest):
 
     async def _wait_for(self, action: do.Waiting) -> str | None:
         """Carry out an action that takes time or can fail; return why it failed."""
+        if not isinstance(action, do.Quiesce | do.Rest):
+            return await self._mapped.change(action)
+        self._spent += time.thread_time() - self._clock  # the wait for rings is not the front-end's time
         try:
-            match action:
-                case do.Quiesce(_, indices):
-                    await self._quiesce(indices, self._detach)
-                case do.Rest(_, indices):
-                    await self._quiesce(indices, self._rest)
-                case do.MapTable(_, regions):
-                    table = [self._own(region) for region in regions]
-                    await self._map(regions, lambda: self.memory.replace(table), replaces=True)
-                case do.MapRegion(_, region):
-                    await self._map((region,), lambda: self._add_region(region), replaces=False)
-                case do.UnmapRegion(_, guest_address):
-                    await self._run_aside(lambda: self._remove_region(guest_address))
-        except OSError as error:
-            if not self._is_in_force(action):
-                return str(error)
-            self._warn(f"memory that went was not given up in order: {error}")
-        except (ConfigError, StateError) as error:
+            await self._rings.quiesce(action.indices, rest=isinstance(action, do.Rest))
+        except (OSError, ConfigError, StateError) as error:
             return str(error)
-        return None
-
-    async def _quiesce(
-        self, indices: tuple[int, ...], end: Callable[[tuple[int, ...]], Coroutine[Any, Any, None]]
-    ) -> None:
-        """Stop serving rings; the wait for them is not the front-end's time."""
-        self._quiescing.update(indices)
-        self._spent += time.thread_time() - self._clock
-        try:
-            await end(indices)
         finally:
             self._clock = time.thread_time()
-
-    def _is_in_force(self, action: do.Waiting) -> bool:
-        """Whether a change of memory was made that has failed: what goes is given up after it."""
-        there = {(region.guest_address, region.size) for region in self.memory.regions}
-        match action:
-            case do.MapTable(_, regions):
-                return there == {(region.guest_address, region.size) for region in regions}
-            case do.MapRegion(_, region):
-                return (region.guest_address, region.size) in there
-            case do.UnmapRegion(_, guest_address):
-                return all(address != guest_address for address, _ in there)
-        return False
-
-    async def _map(
-        self, regions: tuple[FdRegion, ...], change: Callable[[], object], *, replaces: bool
-    ) -> None:
-        """Map files within the budget, so that a slow one holds no other guest.
-
-        :raise ConfigError: a file is of a kind that is not taken, or there are too many bytes.
-        """
-        wanted, held = sum(region.size for region in regions), self.memory.size
-        most, pool = self._server.memory_max, self._server.mapped
-        if wanted + held * (not replaces) > most:
-            raise ConfigError(
-                f"{wanted + held * (not replaces)} bytes of guest memory: too many (a front-end may have "
-                f"{most}). Raise memory_max, or --memory-max of balloon serve"
-            )
-        if not pool.take(self, wanted + held):  # for a moment both are mapped
-            raise ConfigError(
-                f"{wanted} bytes of guest memory: no room (all front-ends together may have {pool.total})"
-            )
-        kinds = await self._run_aside(lambda: {file_kind(region.fd) for region in regions})
-        if "unknown" in kinds and not self._server.any_file:
-            raise ConfigError(
-                "a memory file of unknown kind: not taken, since it may never answer (memfd, tmpfs, "
-                "hugetlbfs and local disks are taken). Allow it by any_file, or --any-file of balloon serve"
-            )
-        if kinds - {"memory"}:
-            self._use_own_worker()  # no ring is attached now
-        await self._run_aside(change)
-
-    def _own(self, region: FdRegion) -> FdRegion:
-        """A region as the server wants it."""
-        return dataclasses.replace(region, discard_hugetlb=self._server.discard_hugetlb)
-
-    def _add_region(self, region: FdRegion) -> None:
-        self.memory.add_fd(
-            region.fd,
-            region.size,
-            offset=region.offset,
-            guest_address=region.guest_address,
-            shared_file=region.shared_file,
-            discard_hugetlb=self._server.discard_hugetlb,
-        )
-
-    def _remove_region(self, guest_address: int) -> None:
-        for known in self.memory.regions:
-            if known.guest_address == guest_address:
-                self.memory.remove(known)
+        return None
 
     @property
     def _can_tell(self) -> bool:
@@ -560,7 +432,7 @@ class Session(Guest):
 
     def _watch(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
         """Go on sending when the socket can be written, for as long as something is unsent."""
-        if box.unsent:
+        if box.unsent and not self._closed:
             asyncio.get_running_loop().add_writer(sock.fileno(), self._flush, sock, box)
 
     def _flush(self, sock: socket.socket, box: sockets.Outbox | sockets.Channel) -> None:
@@ -568,62 +440,10 @@ class Session(Guest):
         if not box.unsent:  # only here: to remove a writer that is not there costs as much as a send
             asyncio.get_running_loop().remove_writer(sock.fileno())
 
-    # Rings and their fds.
+    # Our own messages.
 
-    def _check_signal_fd(self, what: str, index: int, fd: int | None) -> None:
-        if fd is not None and not sockets.is_signal_fd(fd):
-            raise PeerError(
-                f"the {what} fd of ring {index} is neither an eventfd nor a UNIX stream socket: "
-                "nothing else is taken, since to write it may wait for ever"
-            )
-
-    def _replace(self, old: int, fd: int | None, fds: list[int]) -> int:
-        """Let go of an fd of a ring and take another one out of a message's."""
-        if fd is not None:
-            fds.remove(fd)
-        if old >= 0:
-            self._close_fds([old])
-        return -1 if fd is None else fd
-
-    def _attach(self, index: int) -> None:
-        queue = self.device.queue(index)
-        ring = self._rings[index]
-        try:
-            self._worker.attach(queue, ring.kick, ring.call)
-        except (BalloonError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                self._warn(f"ring {index} starts later: {error.strerror}. Raise RLIMIT_NOFILE")
-                loop = asyncio.get_running_loop()
-                self._starting[index] = loop.call_later(RETRY_SECONDS, self._attach_again, index)
-                return
-            raise PeerError(f"ring {index} cannot be served: {error}") from error
-        self._unwatch(index)
-        self._attached[index] = queue
-        self._server.owners[queue] = self
-
-    def _attach_again(self, index: int) -> None:
-        self._starting.pop(index, None)
-        try:
-            self._attach(index)
-        except PeerError as error:
-            self._warn(str(error))
-            self.hang_up(str(error))
-
-    def _set_call(self, index: int, fd: int | None, fds: list[int]) -> None:
-        if index in self._attached:
-            try:
-                self._worker.set_call(self._attached[index], -1 if fd is None else fd)
-            except (BalloonError, OSError) as error:
-                raise PeerError(f"ring {index} cannot have this call fd: {error}") from error
-        self._rings[index].call = self._replace(self._rings[index].call, fd, fds)
-
-    def _signal_err(self, index: int) -> None:
-        if (fd := self._rings[index].err) >= 0:
-            self._aside.submit(lambda: sockets.signal(fd))  # it is closed there too, and so later
-
-    def _set_channel(self, fd: int, fds: list[int]) -> None:
+    def _set_channel(self, fd: int) -> None:
         channel = sockets.Channel(fd)
-        fds.remove(fd)
         self._close_channel()
         self._channel = channel
 
@@ -633,67 +453,15 @@ class Session(Guest):
             self._aside.submit(self._channel.close)
             self._channel = None
 
-    async def _detach(self, indices: Iterable[int]) -> None:
-        """Wait until the worker has let go of these rings."""
-        loop = asyncio.get_running_loop()
-        waits = set()
-        for index in indices:
-            if (timer := self._starting.pop(index, None)) is not None:
-                timer.cancel()
-            if index in self._attached:
-                token = self._worker.detach(self._attached[index])
-                waits.add(self._detaching.setdefault(token, loop.create_future()))
-        if waits:
-            _, late = await asyncio.wait(waits, timeout=SLOW_SECONDS)
-            if late:
-                self._warn(f"a ring is not quiet after {SLOW_SECONDS:g} s")
-                await asyncio.wait(late)
-
     # Rings whose driver may be gone.
 
-    async def _rest(self, indices: Iterable[int]) -> None:
-        """Serve what is there, let go of these rings, and look out for kicks that come after this call."""
-        loop = asyncio.get_running_loop()
-        try:
-            if self._kicks is None:
-                self._kicks = KickWatch()
-                self._look_out()
-            for index in indices:
-                self._kicks.add(self._rings[index].kick)
-        except OSError as error:  # the configuration space and messages of the rings still tell
-            self._warn(f"kicks of rings that rest are not seen: {error.strerror}")
-        waits = []
-        for index in indices:
-            if index in self._attached:
-                queue = self._attached[index]
-                with contextlib.suppress(StateError):  # it is on its way to another worker
-                    self._worker.settle(queue)
-                    waits.append(self._settling.setdefault(queue, loop.create_future()))
-        if waits:
-            await asyncio.wait(waits, timeout=SETTLE_SECONDS)
-        await self._detach(indices)
-
-    def _look_out(self) -> None:
-        if self._kicks is not None:
-            asyncio.get_running_loop().add_reader(self._kicks.fileno(), self._on_kick)
-
     def _on_kick(self) -> None:
-        if self._kicks is None or not self._kicks.take():
-            return
         try:
             self._perform(self.backend.alive(), [])
         except PeerError as error:
             self._warn(str(error))
-            self.hang_up()
+            self.hang_up(str(error))
         self._look_at_life()
-        if self.backend.resting:  # its memory is gone: who kicks without end must not keep the loop busy
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self._kicks.fileno())
-            loop.call_later(KICK_PAUSE_SECONDS, self._look_out)
-
-    def _unwatch(self, index: int) -> None:
-        if self._kicks is not None:
-            self._kicks.discard(self._rings[index].kick)
 
     def _ask_for_life(self) -> None:
         self._perform(self.backend.ask_for_life(), [])
@@ -709,28 +477,21 @@ class Session(Guest):
             await self._awake.wait()
             self._check_open()
 
-    def _settled(self, queue: DataQueue) -> None:
-        wait = self._settling.pop(queue, None)
-        if wait is not None and not wait.done():
-            wait.set_result(None)
-
     # What the worker tells.
 
     def on_detached(self, queue: DataQueue, token: int) -> None:
         """The worker has let go of a queue."""
-        self._settled(queue)
-        del self._attached[queue.index]
-        self._detaching.pop(token).set_result(None)
+        self._rings.on_detached(queue, token)
 
     def on_event(self, kind: str, queue: DataQueue) -> None:
         """The worker tells of a queue that is attached: see `Worker.take_events()`."""
         if kind == "slow":
-            self._on_slow(queue)
+            self._rings.on_slow(queue)
             return
         if kind == "fault":
             self._perform(self.backend.fault(queue.index), [])
         elif kind == "settled":
-            self._settled(queue)
+            self._rings.on_settled(queue)
         elif kind == "resumed" and not self._resumed:
             self._resumed = True
             self._warn(
@@ -738,38 +499,6 @@ class Session(Guest):
                 "requests that were taken and not answered are served again"
             )
         self._on_news(kind, queue)
-
-    # A worker of its own, for a front-end whose memory is slow.
-
-    def _on_slow(self, queue: DataQueue) -> None:
-        self._slow += 1
-        if self._slow == 1:
-            self._warn(f"ring {queue.index} is slow: the kernel takes long with this guest's memory or fds")
-        if self._own_worker is None and self._moving is None and not self._closed:
-            self._moving = asyncio.get_running_loop().create_task(self._move())
-
-    def _use_own_worker(self) -> None:
-        """Start rings on a worker of this session from now on; none may be attached."""
-        if self._own_worker is None:
-            self._own_worker = self._worker = self._server.make_worker()
-
-    async def _move(self) -> None:
-        """Take all rings from the shared worker to one of their own."""
-        while self._attached:  # more may start meanwhile
-            await self._detach(tuple(self._attached))
-        try:
-            self._use_own_worker()
-        except OSError as error:
-            self._warn(f"no worker of its own for a slow front-end: {error.strerror}")
-        try:
-            for index in self.backend.running:
-                # One that a message is about to stop stays where it is, and so does one that is at fault.
-                if index not in self._quiescing and not self.device.queue(index).fault:
-                    self._attach(index)
-        except PeerError as error:
-            self.hang_up(str(error))
-        finally:
-            self._moving = None
 
     # The end.
 
@@ -779,7 +508,9 @@ class Session(Guest):
         self._leave_loop("the server stops")
 
     def _leave_loop(self, reason: str) -> None:
-        """Take everything out of the event loop but the wait for the rings."""
+        """Take everything out of the event loop but the wait for the rings. A second call does nothing."""
+        if self._closed:
+            return
         self._ending = self._ending or reason
         self._expect(None)
         self._let_go()
@@ -791,26 +522,17 @@ class Session(Guest):
             self._server.unwatch(self._socket)
         if self._channel is not None:
             loop.remove_writer(self._channel.socket.fileno())
-        for timer in self._starting.values():
-            timer.cancel()
-        if self._moving is not None:
-            self._moving.cancel()
-        if self._kicks is not None:
-            loop.remove_reader(self._kicks.fileno())
-            self._kicks.close()
-            self._kicks = None
+        self._rings.leave_loop()
         self._awake.set()
 
     async def _close(self, reason: str) -> None:
         self._leave_loop(reason)
         self._aside.submit(self._drop_connection)  # what is in flight in a socket is freed with it
-        await self._detach(range(spec.QUEUE_COUNT))
+        await self._rings.detach(range(spec.QUEUE_COUNT))
         self.backend.close()
         about = self.describe()
-        if self._own_worker is not None:
-            self._server.forget_worker(self._own_worker)
         self._close_channel()
-        self._close_fds([fd for ring in self._rings for fd in (ring.kick, ring.call, ring.err) if fd >= 0])
+        self._rings.close_fds()
         await self._aside.run(self._free)
         self._aside.close()
         self._report("disconnected", reason=reason, **about)
@@ -821,15 +543,14 @@ class Session(Guest):
 
     def _free(self) -> None:
         """Free what may take its time; in the background."""
-        if self._own_worker is not None:
-            self._own_worker.close()
-        while True:
-            try:
-                return self.memory.close()
-            except StateError:  # not to be freed where the last reference is dropped
-                _log.exception("front-end %d: its memory stays mapped", self.number)
-            except OSError as error:
-                return _log.error("front-end %d: its memory was not freed in order: %s", self.number, error)
+        self._rings.close_worker()
+        self._mapped.close()
+
+
+def _forget(fd: int | None, fds: list[int]) -> None:
+    """Take an fd that has another owner now out of a message's."""
+    if fd is not None:
+        fds.remove(fd)
 
 
 def _settle(future: asyncio.Future[None] | None) -> None:

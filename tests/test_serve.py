@@ -32,8 +32,9 @@ from bench import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balloon import budget, serve, session, sockets
+from balloon import budget, mapped, serve, served, session, sockets
 from balloon._kernel import file_kind
+from balloon._worker import Worker
 from balloon.device import Balloon
 from balloon.errors import ConfigError, StateError
 from balloon.memory import GuestMemory
@@ -647,7 +648,7 @@ def test_a_front_end_that_floods_is_paused_and_loses_nothing(
 def test_a_ring_for_which_there_is_no_fd_left_starts_later(
     running: Running, path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
-    monkeypatch.setattr(session, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(served, "RETRY_SECONDS", 0.05)
 
     class Full:
         """A worker that has no fd left, four times."""
@@ -668,8 +669,8 @@ def test_a_ring_for_which_there_is_no_fd_left_starts_later(
     with FrontEnd.connect(path, **QEMU) as front_end:
         front_end.ask_u64(Request.GET_FEATURES)
         (one,) = running.server.sessions
-        full = Full(one._worker)
-        running.call(setattr, one, "_worker", full)
+        full = Full(one._rings.worker)
+        running.call(setattr, one._rings, "worker", full)
         front_end.start_like_qemu(drop=Feature.PAGE_POISON)
         check_reporting(front_end)
         assert full.failures == 4
@@ -678,7 +679,58 @@ def test_a_ring_for_which_there_is_no_fd_left_starts_later(
         full.failures = 0
         front_end.insmod_like_qemu(drop=Feature.PAGE_POISON)
         front_end.stop_like_qemu()  # before they have started
-        assert one._starting == {}
+        assert one._rings._starting == {}
+
+
+def test_a_ring_that_was_to_start_later_is_started_once(
+    running: Running, path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(served, "RETRY_SECONDS", 60.0)
+    with FrontEnd.connect(path, **QEMU) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+        (one,) = running.server.sessions
+        rings = one._rings
+        full = Refusing(rings.worker, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        running.call(setattr, rings, "worker", full)
+        front_end.start_like_qemu(drop=Feature.PAGE_POISON)
+        assert len(rings._starting) == 1
+        (attached, *_) = rings._attached.values()
+        running.call(one.on_event, "slow", attached)  # now all rings go to another worker
+        wait_until(lambda: running.call(lambda: rings._moving is None))
+        assert set(rings._attached) == set(one.backend.running)
+        assert rings._starting == {}  # a second start would cost the session
+        check_reporting(front_end)
+
+
+class Refusing:
+    """A worker that refuses the first ring that is to be attached."""
+
+    def __init__(self, worker: Any, error: Exception) -> None:
+        self.worker = worker
+        self.errors = [error]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.worker, name)
+
+    def attach(self, *arguments: Any) -> None:
+        if self.errors:
+            raise self.errors.pop()
+        self.worker.attach(*arguments)
+
+
+def test_a_ring_that_cannot_start_at_a_sign_of_life_ends_the_session_with_that_reason(
+    running: Running, path: Path
+) -> None:
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        (one,) = running.server.sessions
+        front_end.ask_u64(Request.GET_FEATURES)  # a farewell
+        assert running.call(lambda: one.backend.resting)
+        refusing = Refusing(one._rings.worker, StateError("not this one"))
+        running.call(setattr, one._rings, "worker", refusing)
+        front_end.kick(reporting(front_end))
+        reason = running.wait("disconnected")["reason"]
+    assert "cannot be served: not this one" in reason
 
 
 def test_a_host_without_fds_accepts_later_and_logs_it_once(
@@ -732,12 +784,12 @@ def test_memory_on_a_disk_is_served_by_a_worker_of_its_own(
         os.ftruncate(disk_fd, 64 * MIB)
         for front_end in (slow, fast):
             front_end.start_like_qemu(drop=Feature.PAGE_POISON)
-        shared = running.server.sessions[0]._worker
+        shared = running.server.sessions[0]._rings.worker
         added = bytes(8) + struct.pack("=4Q", 1 << 32, 64 * MIB, 0x7E00_0000_0000, 0)
         slow.demand(Request.ADD_MEM_REG, added, [disk_fd])
         one, other = running.server.sessions
-        assert one._worker is not shared
-        assert other._worker is shared
+        assert one._rings.worker is not shared
+        assert other._rings.worker is shared
         check_reporting(slow)
         check_reporting(fast)
 
@@ -747,14 +799,14 @@ def test_a_guest_that_was_slow_gets_a_worker_of_its_own(running: Running, path: 
         for front_end in (slow, fast):
             front_end.start_like_uml(drop=Feature.PAGE_POISON)
         one, other = running.server.sessions
-        shared = one._worker
+        shared = one._rings.worker
         kept = one.device.queue(reporting(slow))
         for _ in range(3):
             running.call(one.on_event, "slow", kept)
-        wait_until(lambda: running.call(lambda: one._moving is None))
-        assert one._worker is not shared
-        assert other._worker is shared
-        assert set(one._attached) == set(one.backend.running)
+        wait_until(lambda: running.call(lambda: one._rings._moving is None))
+        assert one._rings.worker is not shared
+        assert other._rings.worker is shared
+        assert set(one._rings._attached) == set(one.backend.running)
         assert running.call(one.describe)["slow"] == 3
         assert "is slow" in caplog.text
         for _ in range(2):
@@ -777,12 +829,12 @@ def test_a_slow_guest_is_moved_while_its_rings_are_stopped_and_started(running: 
             assert held.entered.wait(10)
             running.call(one.on_event, "slow", one.device.queue(index))
             front_end.send(Request.SET_VRING_ENABLE, front_end.state(index, 0), (), 9)
-            wait_until(lambda: index in one._quiescing)
+            wait_until(lambda: index in one._rings._quiescing)
             held.leave.set()
             assert front_end.read_reply(Request.SET_VRING_ENABLE) == bytes(8)
-        wait_until(lambda: running.call(lambda: one._moving is None))
-        assert index not in one._attached
-        assert one._own_worker is not None
+        wait_until(lambda: running.call(lambda: one._rings._moving is None))
+        assert index not in one._rings._attached
+        assert one._rings._own_worker is not None
         front_end.demand(Request.SET_VRING_ENABLE, front_end.state(index, 1))
         assert len(ring.take_used()) == 1
         front_end.wait_call(index)
@@ -792,7 +844,7 @@ def test_a_slow_guest_is_moved_while_its_rings_are_stopped_and_started(running: 
 def test_a_file_of_an_unknown_kind_is_refused_unless_the_operator_says_so(
     run: Callable[..., Running], path: Path, caplog: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(session, "file_kind", lambda fd: "unknown")
+    monkeypatch.setattr(mapped, "file_kind", lambda fd: "unknown")
     first = run()
     with FrontEnd.connect(path) as front_end:
         front_end.boot_like_uml()
@@ -804,7 +856,7 @@ def test_a_file_of_an_unknown_kind_is_refused_unless_the_operator_says_so(
     with FrontEnd.connect(path) as front_end:
         front_end.start_like_uml(drop=Feature.PAGE_POISON)
         check_reporting(front_end)
-        assert running.server.sessions[0]._own_worker is not None
+        assert running.server.sessions[0]._rings._own_worker is not None
 
 
 def test_flags_of_fds_that_are_shared_stay_as_they_are(running: Running, path: Path) -> None:
@@ -852,7 +904,7 @@ def test_a_front_end_whose_fd_is_stuck_holds_no_other_and_not_the_end(
         good.start_like_uml(drop=Feature.PAGE_POISON)
         bad.boot_like_uml()
         with monkeypatch.context() as patch:
-            patch.setattr(session, "file_kind", stuck)
+            patch.setattr(mapped, "file_kind", stuck)
             bad.send(Request.SET_MEM_TABLE, bad.memory_table(), [bad.memory_fd], 9)
             assert stuck.entered.wait(10)
         check_reporting(good)
@@ -895,13 +947,65 @@ def test_a_discard_that_is_stuck_does_not_hold_the_end(run: Callable[..., Runnin
     free_what_was_left(one)
 
 
+def test_a_front_end_that_is_stuck_in_its_own_end_does_not_hold_the_servers(
+    run: Callable[..., Running], path: Path
+) -> None:
+    stuck = Stuck()
+    running = run()
+    with FrontEnd.connect(path) as front_end:
+        front_end.ask_u64(Request.GET_FEATURES)
+        (one,) = running.server.sessions
+        running.call(one._aside.submit, stuck)  # as a close(2) of one of its fds
+        assert stuck.entered.wait(10)
+    wait_until(lambda: running.call(lambda: one._closed))
+    running.loop.call_soon_threadsafe(running.server.stop)
+    running.thread.join(10)
+    assert running.failure is None
+    assert [what.partition(":")[0] for what in running.server.left] == ["front-end 1"]
+    assert not running.server._workers
+    stuck.leave.set()
+    wait_until(lambda: one._aside.waiting == 0)
+
+
+def test_a_worker_that_ends_late_costs_no_memory(
+    running: Running, path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    class Late:
+        """A worker that has not ended at the first call of `close`."""
+
+        def __init__(self, **options: Any) -> None:
+            self.worker = Worker(**options)
+            self.closes = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.worker, name)
+
+        def close(self, *arguments: Any) -> None:
+            self.closes += 1
+            if self.closes == 1:
+                raise StateError("a drain did not end")
+            self.worker.close(*arguments)
+
+    monkeypatch.setattr(serve, "Worker", Late)
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        (one,) = running.server.sessions
+        running.call(one.on_event, "slow", one.device.queue(reporting(front_end)))
+        wait_until(lambda: running.call(lambda: one._rings._moving is None))
+        assert isinstance(one._rings.worker, Late)
+    running.wait("disconnected")
+    assert one._rings.worker.closes == 2
+    assert one.memory.regions == ()
+    assert "front-end 1: its worker goes on" in caplog.text
+
+
 def free_what_was_left(one: Session) -> None:
     """Free what a server that has returned leaves to its program's end."""
     wait_until(lambda: one._aside.waiting == 0)
     one.memory.close()
     one._socket.close()
     sockets.close_fds(one._inbox.fds)
-    for ring in one._rings:
+    for ring in one._rings.fds:
         sockets.close_fds([fd for fd in (ring.kick, ring.call, ring.err) if fd >= 0])
     if one._channel is not None:
         one._channel.close()
@@ -921,7 +1025,7 @@ def test_memory_is_mapped_and_freed_outside_the_event_loop(
 
     for name in ("replace", "remove", "add_fd", "close"):
         monkeypatch.setattr(GuestMemory, name, note(getattr(GuestMemory, name)))
-    monkeypatch.setattr(session, "file_kind", note(session.file_kind))
+    monkeypatch.setattr(mapped, "file_kind", note(mapped.file_kind))
     monkeypatch.setattr(sockets, "close_fds", note(sockets.close_fds))
     monkeypatch.setattr(sockets, "signal", note(sockets.signal))
     with FrontEnd.connect(path, **QEMU) as front_end:
@@ -1025,7 +1129,7 @@ def test_fds_of_two_messages_in_one_write_do_not_mix(running: Running, path: Pat
         front_end.send_raw(struct.pack("=IIIQ", Request.SET_VRING_CALL, 9, 8, 2), calls[2:3])
         for _ in range(2):
             assert front_end.read_reply(Request.SET_VRING_CALL) == bytes(8)
-        kept = running.call(lambda: [ring.call for ring in session._rings[:3]])
+        kept = running.call(lambda: [ring.call for ring in session._rings.fds[:3]])
         assert [os.path.sameopenfile(fd, call) for fd, call in zip(kept, calls, strict=True)] == [True] * 3
         sockets.close_fds(calls)
 
@@ -1373,6 +1477,41 @@ def test_device_that_cannot_be_made_costs_the_connection(run: Callable[..., Runn
         with FrontEnd.connect(path) as front_end:
             front_end.send(Request.GET_FEATURES)
             assert front_end.is_gone()
+
+
+def test_a_connected_fd_for_which_there_is_no_device_ends_the_server(run: Callable[..., Running]) -> None:
+    near, far = socket.socketpair()
+    running = run(fd=far.detach(), connected=True, make_device=partial(Balloon, target_bytes=-1))
+    with FrontEnd(near) as front_end:
+        assert front_end.is_gone()
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+
+
+def test_a_front_end_whose_end_cannot_be_watched_is_hung_up_on(running: Running, path: Path) -> None:
+    class Full:
+        """An epoll set that takes nothing more, once."""
+
+        def __init__(self, ends: Any) -> None:
+            self.ends = ends
+            self.failed = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.ends, name)
+
+        def register(self, *arguments: Any) -> None:
+            if not self.failed:
+                self.failed = True
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.ends.register(*arguments)
+
+    running.call(setattr, running.server, "_ends", Full(running.server._ends))
+    with FrontEnd.connect(path) as front_end:
+        assert front_end.is_gone()
+    assert running.call(lambda: running.server._connections) == {}
+    with FrontEnd.connect(path) as front_end:
+        front_end.start_like_uml(drop=Feature.PAGE_POISON)
+        check_reporting(front_end)
 
 
 def test_listener_of_events_that_fails_harms_nobody(path: Path) -> None:
