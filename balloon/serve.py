@@ -1,4 +1,4 @@
-"""The vhost-user server: it listens, and tells sessions what the worker has to tell.
+"""The vhost-user server: it listens, and passes the worker's events to the sessions.
 
 One `Server` has one `Session` for each front-end that is connected, each with guest memory, a device and a
 state machine of its own. Sessions share one worker thread, which serves their rings without this one; one
@@ -350,7 +350,7 @@ class Server:
         except Exception:
             self._aside.submit(sock.close)
             if is_rare(self._failures, NOTES_MAX):
-                _log.exception("front-end %d: there is no device for it", self._count)
+                _log.exception("front-end %d: its device could not be made", self._count)
             return
         self.fds.take(session, budget.FDS_PER_SESSION)
         self._connections[sock.fileno()] = session
