@@ -54,7 +54,7 @@ cdef void ring_bell(int fd) noexcept nogil:
 
 
 cdef void send_call(int fd, bint is_socket) noexcept nogil:
-    """Send a used buffer notification, and do not wait for whoever reads it."""
+    """Send a used buffer notification, without waiting for its reader."""
     cdef uint64_t one = 1
     cdef pollfd writable
     if is_socket:  # exactly eight bytes

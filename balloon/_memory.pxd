@@ -16,7 +16,7 @@ ctypedef struct region_t:
     int fd               # the file, or -1
     int method           # METHOD_*, atomic: a drain lowers it to NONE when the kernel refuses
     int refused          # errno of that refusal, atomic; 0 when there is nothing to look into
-    int looked           # the second in which it was last looked at who else has a say in it, atomic
+    int looked           # the second of the last look for locks and watchers, atomic
     const int *inhibited  # atomic, never NULL; unless it is 0 nothing is given back
 
 ctypedef struct map_t:
@@ -80,7 +80,7 @@ cdef class Lease:
 
 cdef enum:
     LEASE_IN_FORCE
-    LEASE_ENDING         # whoever comes waits for what becomes of it
+    LEASE_ENDING         # a new user waits for the outcome
     LEASE_OVER
 
 cdef class GuestMap:

@@ -6,8 +6,8 @@ the old one (CONTRACTS 4). Guest memory is borrowed: the map keeps the owners al
 Rules:
 
 * Regions are sorted, disjoint, not empty, and end below 2^64: checked once, when the map is made.
-* A map that is not in force any more names nothing: no address, no fd (CONTRACTS 31). Whoever works on a map
-  without a device's lock has its lease meanwhile, and the swap waits for that.
+* A map that is not in force any more names nothing: no address, no fd (CONTRACTS 31). Code that works on
+  a map without a device's lock has its lease meanwhile, and the swap waits for that.
 * Addresses and sizes come from a hostile guest. No sum of two of them is formed before it is known to fit.
 """
 
@@ -158,7 +158,7 @@ cdef class Inhibition:
 cdef class Lease:
     """Keeps memory where it is for those who work on it without a device's lock.
 
-    `MapSwitch` ends it: it waits for those who have begun, and who comes later gets `StateError`.
+    `MapSwitch` ends it: it waits for calls that have begun; later ones get `StateError`.
     """
 
     cdef int enter(self) except -1:
@@ -326,7 +326,7 @@ cdef class GuestMap:
             self.lease.leave()
 
     cdef list parts(self, uint64_t address, uint64_t size):
-        """`translate()` for who has entered the lease."""
+        """`translate()` inside the lease."""
         cdef region_t *region
         cdef uint64_t last, take
         cdef list parts = []

@@ -65,7 +65,7 @@ def check_outside_hook():
 
 
 cdef uint64_t deadline(double timeout) noexcept:
-    """The moment of CLOCK_MONOTONIC in so many seconds; what is no number is now."""
+    """The moment of CLOCK_MONOTONIC in so many seconds; not a number stands for now."""
     if not timeout > 0:
         timeout = 0
     elif timeout > 1e8:

@@ -232,7 +232,7 @@ cdef class DataQueue:
         return bool(notify), OUTCOMES[status], _FAULTS[fault], name_news(news)
 
     def ask(self):
-        """Have the held statistics buffer used, or the driver notified again that has it still.
+        """Use the held statistics buffer, or notify the driver again that still has it.
 
         A worker is told, else the next `serve()` does it.
         """

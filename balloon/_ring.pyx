@@ -121,7 +121,7 @@ cdef void begin_ring(split_t *ring) noexcept nogil:
     """The ring may have been served before, and left in the middle of work.
 
     Go on where its used index stands, and take back a wish for silence. With `resume` that index counts for
-    the available ring too: what lies between was popped and never used, by whoever served the ring before,
+    the available ring too: the entries between were popped and never used by the server before,
     and every request of a balloon may be served twice. Not when the ring is made: this may meet SIGBUS.
     """
     cdef uint16_t ahead

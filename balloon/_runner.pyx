@@ -1,7 +1,7 @@
 """The threads of a worker: one runs it, one watches that one, and some may be stuck in a guest.
 
-A thread that serves may wait for ever: the guest's file system does not answer, somebody holds its file, or
-whoever shares the call fd plays with it. Before each slice it leaves a ticket, and takes it back afterwards.
+A thread that serves may wait for ever: the guest's file system does not answer, another process locks its
+file, or plays with the call fd. Before each slice it leaves a ticket, and takes it back afterwards.
 The thread that watches takes a ticket that stands too long, and with it the worker: the other one was given
 up. That one ends its slice whenever it can, gives the queue back by a command, and watches from then on.
 """
@@ -192,7 +192,7 @@ cdef int spawn(worker_t *w, bint running) noexcept nogil:
     pthread_attr_init(&attributes)
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED)
     flag_add(&w.threads, 1)
-    pthread_sigmask(SIG_SETMASK, &mask, &before)  # a thread begins with the mask of who makes it
+    pthread_sigmask(SIG_SETMASK, &mask, &before)  # a thread begins with the mask of its maker
     error = pthread_create(&made, &attributes, thread_of, me)
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     pthread_attr_destroy(&attributes)

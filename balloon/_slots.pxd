@@ -85,7 +85,7 @@ ctypedef struct worker_t:
     uint64_t paced_ns           # until then all queues that nobody kicks have had their share
     uint64_t serial             # of slices
     slot_t *serving
-    uint64_t ticket             # atomic: the slice under way, or 0; who takes it has all the above
+    uint64_t ticket             # atomic: the slice under way, or 0; its taker owns all the above
     int tid                     # the thread that runs it
     int clock                   # its CPU time
     int watch                   # atomic, WATCH_*
@@ -94,7 +94,7 @@ ctypedef struct worker_t:
     int stuck                   # atomic: of them, given up and not back
     int handoffs                # atomic: how often one was given up
 
-ctypedef struct runner_t:       # who runs a worker
+ctypedef struct runner_t:       # a thread that runs a worker
     worker_t *worker
     reclaim_t reclaim           # its own: a thread that was given up is still at the other
     bint running                # at first; else it watches

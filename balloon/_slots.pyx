@@ -36,8 +36,8 @@ cdef void call(slot_t *slot) noexcept nogil:
             flag_swap(&slot.call_owed, 1)
             if flag_look(&slot.call) == CALL_NONE or not flag_swap(&slot.call_owed, 0):
                 break
-            continue  # one came just now, and whoever brought it has not seen that it is owed
-        # Whoever swaps the fd closes the old one, unless it is seen here.
+            continue  # one came just now, and the thread that brought it has not seen that it is owed
+        # The thread that swaps the fd closes the old one, unless it is seen here.
         flag_swap(&slot.calling, word)
         if flag_look(&slot.call) == word:
             send_call(word >> 1, word & 1)
@@ -56,7 +56,7 @@ cdef int slot_set_call(worker_t *w, slot_t *slot, int word, bint *busy) noexcept
 
 
 cdef void unblock(worker_t *w) noexcept nogil:
-    """Let threads go on that wait for room in a call eventfd: whoever filled it took O_NONBLOCK off."""
+    """Let threads go on that wait for room in a call eventfd: its owner filled it and cleared O_NONBLOCK."""
     cdef slot_t *slot = w.lent
     cdef int word
     while slot != NULL:

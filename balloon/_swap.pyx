@@ -1,8 +1,8 @@
 """Which layout of guest memory is in force, and the one step by which another takes its place.
 
-A swap is all or nothing (CONTRACTS 31). What can fail comes first: new tables are made, whoever works on the
-memory is waited for. Then every device, the map and what Python knows of the layout change together: no
-Python code runs in between, nothing is allocated, and no lock is held longer than that takes.
+A swap is all or nothing (CONTRACTS 31). Every step that can fail comes first: making new tables, and
+waiting for users of the memory. Then every device, the map and what Python knows of the layout change
+together: no Python code runs in between, nothing is allocated, and no lock is held longer than that takes.
 
 That also means that no signal handler and no finalizer runs while a lock is held: there is no bytecode and
 no object that the garbage collector tracks is made between the first lock and the last release.
@@ -37,7 +37,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef uint64_t deadline(double timeout) noexcept:
     """So many seconds from now on, on the clock of `monotonic_ns`."""
-    if not timeout > 0:  # what is no number does not wait either
+    if not timeout > 0:  # not a number does not wait either
         timeout = 0
     return monotonic_ns() + <uint64_t>(min(timeout, 1e8) * 1e9)
 
@@ -53,7 +53,7 @@ cdef bint take_until(DataPlane plane, uint64_t until_ns) noexcept:
 
 
 cdef bint end_leases(tuple leases, uint64_t until_ns) noexcept:
-    """Let nobody in any more, and wait for who is there; false, and all as before, if that takes too long."""
+    """Let no new user in, and wait for those inside; false, and all as before, if that takes too long."""
     for lease in leases:
         (<Lease>lease).state = LEASE_ENDING
     for lease in leases:

@@ -39,7 +39,7 @@ cdef extern from "_atomics.h" nogil:
 
 
 _side = threading.RLock()
-"""Of all workers: who owns which queue, and what there is to tell. Nothing waits while it is held."""
+"""Of all workers: which worker owns which queue, and the events. Nothing waits while it is held."""
 
 _alive = set()  # a worker is kept until it is closed
 _EXIT_SECONDS = 1.0  # for all workers together
@@ -75,18 +75,18 @@ def _close_fds(fds):
 cdef class Worker:
     """Serves queues until it is closed: in a thread of its own, or with `threaded=False` in `drain()`.
 
-    `drain()` goes the same native way without the GIL, in the thread that calls it. A program with a loop of
+    `drain()` runs the same code without the GIL, in the thread that calls it. A program with a loop of
     its own has one reader for all queues: it waits for `fileno()`, and calls `drain()` and `take_events()`.
 
     One worker serves any number of devices. Several in one process only help where memory is anonymous and
     comes back in large batches: threads that punch holes into files get in each other's way in the kernel,
     and are slower together than one. There, several processes do better than several workers.
 
-    A thread that is stuck in the memory or the call fd of one guest (its file system is frozen, somebody
-    holds its file) is given up within some tens of milliseconds: another one goes on with all other queues,
-    and the event "slow" says which queue it was. That queue goes on when its thread comes back. A second
-    thread watches for this, and sleeps while there is nothing to do. With `threaded=False` nobody does: the
-    thread that calls `drain()` is the one that waits.
+    A thread that is stuck in the memory or the call fd of one guest (its file system is frozen, another
+    process locks its file) is given up within some tens of milliseconds: another one serves all other queues,
+    and the event "slow" names the queue. That queue goes on when its thread comes back. A second thread
+    watches for this, and sleeps while there is nothing to do. With `threaded=False` there is none: the thread
+    that calls `drain()` waits.
 
     With `survive_sigbus` a handler for SIGBUS is installed for the whole process: only a program that owns
     its process asks for it. A queue whose memory is truncated under it is then parked with
@@ -242,11 +242,11 @@ cdef class Worker:
 
         `kick_fd` is never read, so that kicks of a detached queue stay in it. -1 stands for no kick (the
         queue is drained once) and for no call. The worker has duplicates of both fds, and the caller may
-        close its own at any time. Of the files themselves nothing is changed: a call fd may be blocking. It
-        is an eventfd or a stream socket; a pipe works as well, and one that nobody reads is passed over. With
-        any other file it is the caller who answers for what eight bytes written to it do, and how long that
-        takes. Where the transport has a `status` word, the bit of a used buffer notification is in it before
-        `call_fd` is written.
+        close its own at any time. The files' flags are not changed: a call fd may be blocking. It is an
+        eventfd or a stream socket; a pipe works as well, and is not written while it is full. With any other
+        file the caller answers for what eight bytes written to it do, and how long that takes. Where the
+        transport has a `status` word, the bit of a used buffer notification is in it before `call_fd` is
+        written.
 
         :raise StateError: the queue, or another one of its device, has an owner; it was stopped; or a
             drain of it did not end in time.

@@ -45,7 +45,7 @@ MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (....) [0-9a-f]+ \S+ (\d+) *(.*)"
 
 @dataclass(frozen=True)
 class Mapping:
-    """One mapping of this process, and who has a say in it besides us."""
+    """One mapping of this process, and whether it is locked, watched or a device's."""
 
     start: int
     end: int
@@ -226,7 +226,7 @@ class Region:
         kernels tell only what this process has touched. What is swapped out does not count.
 
         The kernel walks the page tables: about a millisecond for each GiB that is not there, and more for
-        what is. Takes no lock, and releases the GIL; who removes the region waits for it.
+        what is. Takes no lock, and releases the GIL; removing the region waits for it.
 
         :raise StateError: the region was removed.
         :raise OSError: something of it is not mapped any more, or the kernel does not say.
@@ -282,14 +282,14 @@ class Region:
         except OSError as error:
             raise ConfigError(
                 f"the region at {self.guest_address:#x}: what backs a buffer is found out from /proc/self, "
-                f"which cannot be read ({error.strerror}): mount /proc, or hand over a memfd with add_fd()"
+                f"which is not readable ({error.strerror}): mount /proc, or hand over a memfd with add_fd()"
             ) from error
 
     def _keep_pages_small(self) -> None:
         where = f"the region at {self.guest_address:#x}"
         if self._base_bytes != mmap.PAGESIZE or self.method != "dontneed":
             why = self.reason or "it is shared, or lies in huge pages of its own"
-            raise ConfigError(f"{where} has no use for small_pages, private anonymous memory has: {why}")
+            raise ConfigError(f"{where}: small_pages is for private anonymous memory only: {why}")
         try:
             advise(self.host_address, self.size, mmap.MADV_NOHUGEPAGE)
         except OSError as error:
@@ -360,7 +360,7 @@ class Region:
         try:
             found = read_mappings(piece.host_address, end)
         except OSError as error:
-            return "none", f"/proc/self cannot be read: {error.strerror}"
+            return "none", f"/proc/self is not readable: {error.strerror}"
         says = [classify(one, self.shared_file, self.discard_hugetlb) for one in found]
         # A part of a piece that became another kind of memory decides for all of it.
         return next((one for one in says if one[0] == "none"), says[0]) if says else GONE
@@ -415,7 +415,7 @@ def map_fd(wanted: FdRegion) -> Region:
     check_page(wanted.page_bytes)
     page_bytes = wanted.page_bytes or mmap.PAGESIZE
     if (wanted.offset | wanted.size) % page_bytes:
-        raise ConfigError(f"{where} has to start and end at a page of {page_bytes} bytes in its file")
+        raise ConfigError(f"{where} must start and end at a page of {page_bytes} bytes in its file")
     first = wanted.offset - wanted.offset % own
     last = wanted.offset + wanted.size
     last += -last % own

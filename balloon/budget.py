@@ -1,6 +1,6 @@
-"""What one front-end may take of what all share: fds, mapped bytes, and time of the event loop.
+"""Budgets of one front-end: fds, mapped bytes, and time of the event loop, which all front-ends share.
 
-Over its budget a session is refused or made to wait; no other session notices (docs/security.md).
+A session over its budget is refused or waits; no other session notices (docs/security.md).
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Bucket:
 
 
 class Turns:
-    """Who uses the event loop, and how many sessions pause: shared by all `Share`."""
+    """Which sessions use the event loop, and how many pause: shared by all `Share`."""
 
     def __init__(self) -> None:
         self.paused = 0

@@ -122,7 +122,7 @@ class Balloon(VirtioDevice):
         self._show_id()
 
     def forget_driver(self) -> None:
-        """Another driver has come without a reset: forget what the one before it said of its balloon.
+        """Forget what the last driver said of its balloon: another one has come without a reset.
 
         That is `actual_bytes` and `stats`; a hinting round has ended with its ring. What a driver says before
         its queues start stays: features, status and poison value.

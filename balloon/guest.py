@@ -61,7 +61,7 @@ class Guest:
         raise NotImplementedError
 
     def _ask_for_life(self) -> None:
-        """Rings may be left alone because their driver may be gone: have a driver that is there say so."""
+        """Ask for a sign of life where rings rest because their driver may be gone."""
 
     async def _wait_for_life(self) -> None:
         """Wait until the driver is known to be there."""

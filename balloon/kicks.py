@@ -1,4 +1,4 @@
-"""Kicks of rings that nobody serves: who kicks is alive. Never blocks, and reads nothing."""
+"""Kicks of rings that rest: a driver that kicks is alive. Never blocks, and reads nothing."""
 
 from __future__ import annotations
 

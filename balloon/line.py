@@ -15,7 +15,7 @@ from balloon.errors import ConfigError
 __all__ = ["Interrupt", "Line"]
 
 TRIES: Final = 16
-"""So often a failed interrupt is tried again by a VMM that polls while something is pending."""
+"""How often a VMM that polls while something is pending retries a failed interrupt."""
 
 _log = logging.getLogger(__name__)
 

@@ -113,7 +113,7 @@ class GuestMemory:
     """
 
     def __init__(self, buffer: Any = None, *, guest_address: int = 0) -> None:
-        self._lock = threading.Lock()  # for who changes the layout; nobody else waits for it
+        self._lock = threading.Lock()  # of changes of the layout; nothing else waits for it
         self._inhibition = Inhibition()
         self._claim_lock = threading.Lock()  # not the other one, which a swap holds while it waits
         self._claims: tuple[Claim, ...] = ()
@@ -361,10 +361,10 @@ class GuestMemory:
     def look_again(self) -> None:
         """Find out anew what backs all regions: call it after memory was locked, or unlocked, or watched.
 
-        Before discards it is noticed within about a second that a region was locked (mlock) in this process
-        or registered with userfaultfd; nothing is discarded from it after that. This call makes it certain
-        from now on, and is the only way back to discards once it is over. Takes some microseconds for each
-        region. What others do with memory that they share is not seen.
+        A discard notices within about a second that a region was locked (mlock) in this process or registered
+        with userfaultfd; nothing is discarded from it after that. This call notices at once, and is the only
+        way back to discards. It takes some microseconds for each region. What other processes do with memory
+        that they share is not noticed.
 
         :raise StateError: a change of the layout did not end in time.
         """
@@ -478,8 +478,8 @@ class GuestMemory:
                     )
             if region.guest_address < 0 or region.size == 0:
                 raise ConfigError(
-                    f"{region.size} bytes at guest address {region.guest_address} cannot be: "
-                    "a region has a page at least, and lies at a multiple of 4096 from 0 up"
+                    f"invalid region: {region.size} bytes at guest address {region.guest_address} "
+                    "(at least a page, at a multiple of 4096 from 0 up)"
                 )
             self._check_room(region)
             region._find_pieces()

@@ -1,4 +1,4 @@
-"""The vhost-user server: it listens, and tells sessions what the worker has to tell.
+"""The vhost-user server: it listens, and passes the worker's events to the sessions.
 
 One `Server` has one `Session` for each front-end that is connected, each with guest memory, a device and a
 state machine of its own. Sessions share one worker thread, which serves their rings without this one; one

@@ -85,7 +85,7 @@ class Inbox:
     A message is read to its last byte and not further: fds come with the first byte of what was sent
     together, so those of two messages cannot mix. The fds of a message that never became whole are in `fds`.
 
-    What comes is peeked at first, without a buffer for fds; the kernel then tells whether fds are ahead. A
+    Data is peeked at first, without a buffer for fds; the kernel then tells whether fds are ahead. A
     message that carries none is read without such a buffer too, and one that carries some with room for no
     more: an unexpected fd never becomes ours. The kernel drops it, which close(2) could wait for.
     """

@@ -242,7 +242,7 @@ class StatsProtocol:
 
     @property
     def unanswered(self) -> bool:
-        """Whether an asking is on its way: the driver has its buffer and has not posted it again."""
+        """Whether the driver was asked and has not answered: its buffer was used and not posted again."""
         return self._asked > 0
 
     def asked(self) -> None:
@@ -301,7 +301,7 @@ class StatsProtocol:
 
 
 def history_of(updates: Sequence[Stats]) -> npt.NDArray[np.void]:
-    """Updates as an array of shape (n,), type `HISTORY`, that cannot be written."""
+    """Return updates as a read-only array of shape (n,), type `HISTORY`."""
     import numpy as np  # not with the module: it starts threads of its own (CONTRACTS 11)
 
     rows = []

@@ -344,7 +344,7 @@ class VirtioDevice:
             self._warned = kind
         if asked > room:
             _log.warning(
-                "target of %.0f MiB clamped to the guest's RAM of %.0f MiB: no guest lives on nothing",
+                "target of %.0f MiB clamped to the guest's RAM of %.0f MiB: ask for less",
                 asked / 256,
                 room / 256,
             )
@@ -501,8 +501,8 @@ class VirtioDevice:
         notify = queue.stop()
         with self._lock:
             if notify:
-                self._owed.add(index)  # the driver sleeps until whoever starts the ring again notifies it
-            if self._ledger.queues.get(index) is queue:  # else another thread has seen to it
+                self._owed.add(index)  # the driver sleeps until it is notified after the next start
+            if self._ledger.queues.get(index) is queue:  # else another thread has done it
                 self._failed = self._failed or bool(queue.fault)
                 rest = {number: one for number, one in self._ledger.queues.items() if one is not queue}
                 ledger = Ledger(add_counters(self._ledger.counted, queue.counts()), rest)
@@ -561,10 +561,11 @@ class VirtioDevice:
     def notify(self, index: int) -> Effect:
         """Serve queue `index` in this thread: the driver has kicked it.
 
-        Memory is given back before the driver is shown the used buffers. One call gives back at most a few
-        slices of 32 MiB: while the result has `Effect.NOTIFY_AGAIN`, the queue has more, and nobody but the
-        caller goes on with it. A queue that does not run, or whose driver has not set DRIVER_OK, is not
-        touched (A1), and neither is one of a device that needs a reset.
+        Memory is given back before the driver is shown the used buffers. One call serves at most two slices
+        of 32 MiB, or a few where a hook or statistics give it more to do. While the result has
+        `Effect.NOTIFY_AGAIN`, the queue has more: call this again, since nothing else serves it. A queue that
+        does not run, or whose driver has not set DRIVER_OK, is not touched (A1), and neither is one of a
+        device that needs a reset.
 
         :raise StateError: a worker owns queues of this device, or this is inside a before-release hook.
         :raise GuestError: only with `strict`: the first thing that the driver got wrong. What is to be done

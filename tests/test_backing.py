@@ -301,5 +301,5 @@ def test_small_pages_keeps_huge_pages_out(require: Any) -> None:
 
 
 def test_small_pages_is_refused_where_it_means_nothing() -> None:
-    with pytest.raises(ConfigError, match="no use for small_pages"):
+    with pytest.raises(ConfigError, match="small_pages is for private anonymous memory only"):
         GuestMemory().add(mmap.mmap(-1, MIB), small_pages=True)

@@ -305,7 +305,7 @@ def test_a_target_is_clamped_to_ram_and_says_so(caplog: pytest.LogCaptureFixture
     assert (device.target_bytes, device.requested_bytes) == (256 * MIB, 400 * MIB)
     assert device.read_config(0, 4) == (65536).to_bytes(4, "little")
     assert [one.getMessage() for one in caplog.records] == [
-        "target of 400 MiB clamped to the guest's RAM of 256 MiB: no guest lives on nothing"
+        "target of 400 MiB clamped to the guest's RAM of 256 MiB: ask for less"
     ]
     assert device.set_target(100 * MIB) is Effect.NONE
     assert (device.target_bytes, device.requested_bytes) == (100 * MIB, 100 * MIB)

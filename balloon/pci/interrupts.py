@@ -190,9 +190,9 @@ class PciInterrupts(Line):
         return True
 
     def deliver(self) -> None:
-        """Tell the embedder what there is to tell. If another thread is at it, that one does.
+        """Report what is due to the embedder. If another thread is already doing it, leave it to that one.
 
-        What fails stays due, and the rest is told all the same.
+        A report that fails stays due, and the others are made all the same.
         """
         me = object()
         failed: list[Callable[[], None]] = []

@@ -96,7 +96,7 @@ class PciSpace:
         self.data[STATUS] = STATUS_CAPABILITIES | (STATUS_INTERRUPT if pending else 0)
 
     def check(self, data: bytes) -> None:
-        """Refuse what cannot be put in place of `data`.
+        """Refuse data that does not fit this function.
 
         :raise ConfigError: it is that of another function.
         """
@@ -154,7 +154,7 @@ class MsixTable:
         return bits.to_bytes(-(-self.vectors // 64) * 8, "little")[offset : offset + size].ljust(size, b"\0")
 
     def check(self, table: bytes, pending: set[int]) -> None:
-        """Refuse what cannot be put in place of `table` and `pending`.
+        """Refuse a table and pending bits that do not fit this function.
 
         :raise ConfigError: another size, reserved bits that are set, or a vector that is not there.
         """

@@ -140,7 +140,7 @@ class Backend:
     def apply(self, effect: Effect) -> list[Action]:
         """Return what has to be done about an effect that the device gave to somebody else."""
         self._on_effect(effect)
-        if self._config_changed and self.resting:  # to whoever is there; told again when the rings run again
+        if self._config_changed and self.resting:  # a driver may be there; told again when rings run
             return self.ask_for_life()
         return self._tell_config()
 
