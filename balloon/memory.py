@@ -6,6 +6,7 @@ neither free nor resize it. What backs a region, and how it is given back, is fo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -101,6 +102,13 @@ class _Layout:
     pieces: tuple[Piece, ...] = ()
     """In the order of the map's rows."""
     closed: bool = False
+
+    def region_of(self, piece: Piece) -> Region:
+        """Return the region that a piece is a part of."""
+        for region in self.regions:
+            if piece in region.pieces:
+                return region
+        raise LookupError(piece)
 
 
 class GuestMemory:
@@ -371,30 +379,33 @@ class GuestMemory:
         with Turn(self._lock, TIMEOUT):
             for index, piece in enumerate(self._users.layout.pieces):
                 piece.looked = False
-                piece.method, piece.reason = self._region_of(piece)._look_again(piece)
+                region = self._users.layout.region_of(piece)
+                piece.method, piece.reason = region._look_again(piece)
                 self.map.set_method(index, piece.method)
 
     def look_at_refusals(self) -> None:
-        """Find out anew, once, what backs the regions that the kernel refused to take from (CONTRACTS 16)."""
-        with Turn(self._lock, TIMEOUT):
-            for index, piece in enumerate(self._users.layout.pieces):
-                method, refused = self.map.method(index)
+        """Find out anew, once, what backs the regions that the kernel refused to take from (CONTRACTS 16).
+
+        It may wait for the owner of a file, and holds no lock meanwhile; who removes the region waits for it.
+        """
+        layout, table = self._users.layout, self.map
+        while layout is not self._users.layout:  # it came between the two
+            layout, table = self._users.layout, self.map
+        with contextlib.suppress(IndexError, StateError):  # another layout is in force by now
+            for index, piece in enumerate(layout.pieces):
+                method, refused = table.method(index)
                 if not refused:
                     continue
                 was, piece.method = piece.method, method
                 piece.reason = f"the kernel refused: {os.strerror(refused)}"
                 if not piece.looked:
                     piece.looked = True
-                    method, reason = self._region_of(piece)._look_again(piece)
+                    region = layout.region_of(piece)
+                    with region._lease:
+                        method, reason = region._look_again(piece)
                     if method != was:  # else it looks as before, and yet was refused
                         piece.method, piece.reason = method, reason
-                self.map.set_method(index, piece.method)
-
-    def _region_of(self, piece: Piece) -> Region:
-        for region in self.regions:
-            if piece in region.pieces:
-                return region
-        raise LookupError(piece)
+                table.set_method(index, piece.method)
 
     @property
     def inhibited_by(self) -> tuple[str, ...]:

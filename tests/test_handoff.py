@@ -43,8 +43,9 @@ def until(true: Callable[[], Any], what: str = "it") -> Any:
 class Stuck:
     """Stands in for the kernel: a discard in this memory does not come back before `go` is set."""
 
-    def __init__(self, *benches: Bench) -> None:
-        self.files = {os.fstat(bench.fd).st_ino for bench in benches}
+    def __init__(self, *files: Bench | int) -> None:
+        fds = [file if isinstance(file, int) else file.fd for file in files]
+        self.files = {os.fstat(fd).st_ino for fd in fds}
         self.inside = threading.Semaphore(0)
         self.go = threading.Event()
 
