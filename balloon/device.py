@@ -109,10 +109,10 @@ class Balloon(VirtioDevice):
         """
         return super().reset()
 
-    def _end_driver(self, *, reset: bool) -> None:
+    def _end_driver(self) -> None:
         check_outside_hook()
         with self._turn:
-            super()._end_driver(reset=reset)
+            super()._end_driver()
             self._set_hooks()
 
     def _forget_driver(self) -> None:
@@ -373,10 +373,11 @@ class Balloon(VirtioDevice):
         """Have `hook` see all ranges before they are discarded: it may keep them (CONTRACTS 9).
 
         It is called in the thread that calls `notify()`, or the one that hands a worker's "release" events
-        to `on_event()`; in a `Server` that is a thread of the session. Its queue waits meanwhile, others go on. An exception is a veto, and so is no answer
-        within `timeout` seconds: requests are acknowledged and nothing is discarded. A chain about which the
-        hook is asked several times waits for that long in all: some drivers give up after a second. From
-        inside, what would wait for the queue raises `StateError`. Without a hook drains pay nothing.
+        to `on_event()`; in a `Server` that is a thread of the session. Its queue waits meanwhile, others go
+        on. An exception is a veto, and so is no answer within `timeout` seconds: requests are acknowledged
+        and nothing is discarded. A chain about which the hook is asked several times waits for that long in
+        all: some drivers give up after a second. From inside, what would wait for the queue raises
+        `StateError`. Without a hook drains pay nothing.
 
         :raise ConfigError: the hook is not callable, or the timeout is not above 0 and below 10^6 seconds.
         :raise StateError: a drain did not end in time, or this is inside a hook.

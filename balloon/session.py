@@ -7,7 +7,8 @@
 * Every fd that came has one owner: the message until it is done with, then the ring that it was meant for.
   Both close theirs.
 * The event loop makes no system call on a front-end's fd that can wait: reading fds, mapping, closing and
-  signalling happen in the session's `Aside`, and whatever waits for a drain. One that is stuck holds its own session only.
+  signalling happen in the session's `Aside`, and so does what waits for a drain. One that is stuck holds its
+  own session only.
 * A front-end that breaks the protocol costs its own session, and one line in the log.
 * What a front-end sent and did not live to see is dropped.
 """
@@ -584,6 +585,8 @@ class Session(Guest):
         return -1 if fd is None else fd
 
     def _attach(self, index: int) -> None:
+        if (timer := self._starting.pop(index, None)) is not None:
+            timer.cancel()
         queue = self.device.queue(index)
         ring = self._rings[index]
         try:
@@ -600,7 +603,6 @@ class Session(Guest):
         self._server.owners[queue] = self
 
     def _attach_again(self, index: int) -> None:
-        self._starting.pop(index, None)
         try:
             self._attach(index)
         except PeerError as error:
