@@ -5,7 +5,7 @@
 #   make demo     reporting, live                  DEMO_ARGS='--guest driver'
 #   make test     the whole suite                  PYTEST_ARGS='-x -k ring'
 #   make test-nested   a stock Linux under examples/kvm_vmm.py, itself in a Linux that QEMU emulates
-#   make soak     three real guests at one daemon for half an hour    SOAK_SECONDS=60
+#   make soak     three real guests at one daemon for half an hour    SOAK_SECONDS=60, SOAK=tests for all that takes minutes
 #   make attacks  what a guest notices while another front-end attacks the daemon    ATTACKS='flood idle'
 #   make asan     the unit tests under AddressSanitizer and UndefinedBehaviorSanitizer (PYTEST_ARGS too)
 #   make bench    all benchmarks, in about 5 minutes: build/bench has the JSON, a table, the pictures
@@ -73,9 +73,10 @@ test-nested: build guest
 	BALLOON_REQUIRE=nested $(BIN)/python -m pytest -m nested -o faulthandler_timeout=0 tests/e2e/test_nested.py $(PYTEST_ARGS)
 
 SOAK_SECONDS ?= 1800
+SOAK ?= tests/e2e/test_soak.py
 soak: build guest
 	BALLOON_REQUIRE=uml BALLOON_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s -m soak -o faulthandler_timeout=0 \
-	    tests/e2e/test_soak.py $(PYTEST_ARGS)
+	    $(SOAK) $(PYTEST_ARGS)
 
 attacks: build
 	$(BIN)/python tests/attacks/attack_table.py $(ATTACKS)

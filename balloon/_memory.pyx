@@ -179,6 +179,12 @@ cdef class Lease:
     cdef void leave(self) noexcept nogil:
         flag_add(&self.running, -1)
 
+    def __enter__(self):
+        self.enter()
+
+    def __exit__(self, *error):
+        self.leave()
+
     @property
     def over(self):
         """Whether the memory was taken away."""

@@ -162,15 +162,26 @@ cdef class DataPlane:
     def set_hook(self, roles, double hook_timeout=0.25, double timeout=10.0):
         """Let ranges of these roles wait for `DataQueue.decide()`, each time at most `hook_timeout` seconds.
 
+        Where no queue runs for which this changes anything, no drain is waited for.
+
         :raise StateError: a drain did not end in time, or this is inside a hook.
         """
         cdef int hooked = 0
+        cdef int changed
+        cdef bint taken
         for role in roles:
             hooked |= <int>(1 << <int>role)
-        self.take(timeout)
+        check_outside_hook()
+        changed = hooked ^ self.device.hooked
+        if self.device.hook_timeout_ns != <uint64_t>(hook_timeout * 1e9):
+            changed |= hooked
+        taken = any([changed >> <int>queue.role & 1 for queue in list(self.queues.values())])
+        if taken:
+            self.take(timeout)
         self.device.hook_timeout_ns = <uint64_t>(hook_timeout * 1e9)
         flag_store(&self.device.hooked, hooked)
-        self.release()
+        if taken:
+            self.release()
 
     def set_rate(self, uint64_t rate_bytes, double timeout=10.0):
         """Discard at most so many bytes in a second; 0 stands for no limit.
@@ -204,10 +215,16 @@ cdef class DataPlane:
     def end_hints(self, double timeout=10.0):
         """Take no more hints. When this returns, none is being discarded (CONTRACTS 23).
 
+        Where no hinting queue runs, no drain is waited for.
+
         :raise StateError: a drain did not end in time, or this is inside a hook.
         """
-        queues = [queue for queue in self.queues.values() if queue.role == ROLE_HINTING]
+        queues = [queue for queue in list(self.queues.values()) if queue.role == ROLE_HINTING]
         keep_pending = [queue.keep_pending for queue in queues]
+        check_outside_hook()
+        if not queues:  # nobody else looks at it
+            self.device.hints.state = HINT_IDLE
+            return
         self.take(timeout)
         self.device.hints.state = HINT_IDLE
         for keep in keep_pending:

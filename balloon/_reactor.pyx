@@ -277,7 +277,7 @@ cdef bint send_owed(worker_t *w, slot_t *slot) noexcept nogil:
         return True
     ticket = begin(w, slot)
     call(slot)
-    return end(w, slot, ticket, SLICE_IDLE, 0, 0)
+    return end(w, slot, ticket, SLICE_MORE, 0, 0)  # nobody has looked whether there is anything to do
 
 
 cdef void take_back(worker_t *w, slot_t *slot) noexcept nogil:

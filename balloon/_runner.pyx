@@ -23,7 +23,7 @@ from balloon._pthread cimport (
 from balloon._reactor cimport guard_begin, guard_end, take_turns, wake_watch
 from balloon._reclaim cimport range_t
 from balloon._slots cimport (
-    WATCH_ASLEEP, WATCH_AWAKE, mail_news, mail_open, runner_t, slot_t, worker_t,
+    WATCH_ASLEEP, WATCH_AWAKE, forget_ready, mail_news, mail_open, runner_t, slot_t, worker_t,
 )
 from balloon._spec cimport SLICE_RANGES
 from balloon._waiter cimport waiter_close, waiter_open
@@ -102,7 +102,8 @@ cdef void take_over(worker_t *w) noexcept nogil:
     flag_add(&w.stuck, 1)
     flag_add(&w.handoffs, 1)
     slot.lent = True
-    slot.again = False
+    slot.again = slot.ready  # where it was in a command
+    forget_ready(w, slot)
     slot.next_lent = w.lent
     w.lent = slot
     mail_news(w, slot, NEWS_SLOW)

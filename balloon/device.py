@@ -109,10 +109,10 @@ class Balloon(VirtioDevice):
         """
         return super().reset()
 
-    def _end_driver(self, *, reset: bool) -> None:
+    def _end_driver(self) -> None:
         check_outside_hook()
         with self._turn:
-            super()._end_driver(reset=reset)
+            super()._end_driver()
             self._set_hooks()
 
     def _forget_driver(self) -> None:
@@ -289,18 +289,15 @@ class Balloon(VirtioDevice):
                 self._show_id()
                 return started, self._config_effect()
 
-    def finish_hinting(self, *, show: bool = True) -> Effect:
+    def finish_hinting(self, only: HintingRound | None = None, *, show: bool = True) -> Effect:
         """The pages are needed no longer, or no hints are wanted any more: show DONE.
 
-        When this returns, no hinted page is being discarded (B11). Without `show` the id that the driver
-        sees stays: another one is about to be shown.
+        When this returns, no hinted page is being discarded (B11). With `only` nothing happens where another
+        round than that one goes on. Without `show` the id that the driver sees stays: another one is about
+        to be shown.
 
         :raise StateError: a drain did not end in time, or this is inside a hook.
         """
-        return self._finish(None, show=show)
-
-    def _finish(self, only: HintingRound | None, *, show: bool = True) -> Effect:
-        """Finish the round that goes on, or `only` that one."""
         if not self._rounds.active:
             return Effect.NONE
         check_outside_hook()
@@ -336,7 +333,7 @@ class Balloon(VirtioDevice):
             self._rounds.state = state
         effect = Effect.HINTS
         if state is HintState.COMPLETE and current is not None and not current.hold:
-            effect |= self._finish(current)
+            effect |= self.finish_hinting(current)
         return effect
 
     def _show_id(self) -> None:
@@ -376,10 +373,11 @@ class Balloon(VirtioDevice):
         """Have `hook` see all ranges before they are discarded: it may keep them (CONTRACTS 9).
 
         It is called in the thread that calls `notify()`, or the one that hands a worker's "release" events
-        to `on_event()`. Its queue waits meanwhile, others go on. An exception is a veto, and so is no answer
-        within `timeout` seconds: requests are acknowledged and nothing is discarded. A chain about which the
-        hook is asked several times waits for that long in all: some drivers give up after a second. From
-        inside, what would wait for the queue raises `StateError`. Without a hook drains pay nothing.
+        to `on_event()`; in a `Server` that is a thread of the session. Its queue waits meanwhile, others go
+        on. An exception is a veto, and so is no answer within `timeout` seconds: requests are acknowledged
+        and nothing is discarded. A chain about which the hook is asked several times waits for that long in
+        all: some drivers give up after a second. From inside, what would wait for the queue raises
+        `StateError`. Without a hook drains pay nothing.
 
         :raise ConfigError: the hook is not callable, or the timeout is not above 0 and below 10^6 seconds.
         :raise StateError: a drain did not end in time, or this is inside a hook.

@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
+from balloon.aside import Aside
 from balloon.device import Balloon, Effect
 from balloon.errors import ConfigError, StateError
 from balloon.hinting import HintingRound, HintState, Ranges
@@ -24,6 +25,12 @@ __all__ = ["SURPLUS_MAX", "Guest", "check_interval", "is_rare"]
 
 SURPLUS_MAX: Final = 20
 """Events in a minute for statistics that answer no request: the guest sets the pace of these."""
+RETRY_SECONDS: Final = 1.0
+"""After how long it is tried again to do what had to wait for a drain for too long."""
+WAITING: Final = ("refused", "hints", "release")
+"""News with which the device looks at the guest's memory, or waits for a drain."""
+
+T = TypeVar("T")
 
 
 class Guest:
@@ -42,8 +49,10 @@ class Guest:
         self._stats_waits: dict[int, asyncio.Future[Stats]] = {}
         self._surplus: list[float] = []
         self._poller: asyncio.Task[None] | None = None
-        self._round: HintingRound | None = None
         self._hint_wait: asyncio.Future[Ranges] | None = None
+        self._aside = Aside(f"balloon front-end {number}")
+        self._busy = 0  # how much of the device's goes on there
+        self._coming: set[tuple[str, DataQueue]] = set()  # news that wait for it
 
     # What a subclass has.
 
@@ -70,18 +79,69 @@ class Guest:
 
     def _on_news(self, kind: str, queue: DataQueue) -> None:
         """The worker tells of a queue: see `Worker.take_events()`. A fault has been told before."""
-        effect = self.device.on_event(kind, queue)
+        if kind not in WAITING:
+            self._heard(self.device.on_event(kind, queue))
+        elif (kind, queue) not in self._coming:
+            self._coming.add((kind, queue))
+
+            def take() -> Effect:
+                self._coming.discard((kind, queue))
+                return self.device.on_event(kind, queue)
+
+            self._run_on_device(take, self._heard)
+        if kind == "fault" and queue.role is Role.HINTING:
+            self._end_hint("the hinting ring is broken")
+            self.finish_hinting()
+
+    def _heard(self, effect: Effect) -> None:
+        """Do what an event, or the end of a round, asks for."""
+        if self._closed:
+            return
         self._apply(effect)
         if effect & Effect.STATS:
             self._stats_came()
         if effect & Effect.HINTS:
             self._hints_came()
-        if kind == "fault" and queue.role is Role.HINTING:
-            self._end_hint("the hinting ring is broken")
-            self.finish_hinting()
+
+    def _run_on_device(self, function: Callable[[], T], then: Callable[[T], object]) -> None:
+        """Call the device where it may wait for a drain, and then `then`, with the result, in the loop.
+
+        A guest whose memory is stuck lets its drains last: the loop waits for none.
+        """
+        loop = asyncio.get_running_loop()
+
+        def done(result: T) -> None:
+            self._busy -= 1
+            then(result)
+            self._look_at_hinting()
+
+        def failed() -> None:
+            self._busy -= 1
+
+        def again() -> None:
+            self._busy -= 1
+            if not self._closed:
+                self._run_on_device(function, then)
+
+        def work() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                try:
+                    result = function()
+                except StateError:
+                    loop.call_soon_threadsafe(loop.call_later, RETRY_SECONDS, again)
+                except Exception:
+                    loop.call_soon_threadsafe(failed)
+                    raise
+                else:
+                    loop.call_soon_threadsafe(done, result)
+
+        self._busy += 1
+        self._aside.submit(work)
 
     def _look_at_hinting(self) -> None:
         """Rings may have stopped: let go who waits for a round that ended with its ring."""
+        if self._busy:  # it may be complete
+            return
         if self._hint_wait is not None and self.device.hint_state in (HintState.IDLE, HintState.DONE):
             self._end_hint("the hinting ring stopped before the guest had told all")
 
@@ -194,20 +254,32 @@ class Guest:
             raise TimeoutError(
                 f"guest {self.number}: no driver answered within {timeout:g} seconds"
             ) from None
-        started, effect = self.device.start_hinting(
-            use, hold=hold, unsafe_reclaim=unsafe_reclaim, dirty_check=dirty_check
-        )
-        self._end_hint("another hinting round has begun")
-        self._round = started
-        wait: asyncio.Future[Ranges] = asyncio.get_running_loop().create_future()
-        self._hint_wait = wait
-        self._apply(effect)
+        begun: list[HintingRound] = []
+        given_up = False
+
+        def begin() -> Effect:
+            if given_up:
+                return Effect.NONE
+            started, effect = self.device.start_hinting(
+                use, hold=hold, unsafe_reclaim=unsafe_reclaim, dirty_check=dirty_check
+            )
+            begun.append(started)
+            return effect
+
         try:
             async with asyncio.timeout(timeout):
+                effect = await self._aside.run(begin)
+                self._check_open()
+                self._end_hint("another hinting round has begun")
+                wait: asyncio.Future[Ranges] = asyncio.get_running_loop().create_future()
+                self._hint_wait = wait
+                self._apply(effect)
                 return await wait
         except (TimeoutError, asyncio.CancelledError) as error:
-            if self._round is started:
-                self.finish_hinting()
+            given_up = True
+            self._run_on_device(
+                lambda: self.device.finish_hinting(begun[0]) if begun else Effect.NONE, self._finished
+            )
             if isinstance(error, TimeoutError):
                 raise TimeoutError(f"guest {self.number} gave no hints within {timeout:g} seconds") from None
             raise
@@ -215,19 +287,26 @@ class Guest:
     def finish_hinting(self) -> None:
         """The hinted pages are needed no longer: the guest may use them. Nothing if no round goes on.
 
-        :raise StateError: a drain did not end in time.
+        It returns at once; the guest is told as soon as the drain under way has ended. Call it in the loop's
+        thread.
         """
-        self._apply(self.device.finish_hinting())
-        self._hints_came()
+        self._run_on_device(self.device.finish_hinting, self._finished)
+
+    def _finished(self, effect: Effect) -> None:
+        """A round was finished here."""
+        self._heard(effect | Effect.HINTS)
 
     def _hints_came(self) -> None:
         """Let go who waits for a round that is complete or finished."""
         wait = self._hint_wait
-        if wait is None or self.device.hint_state not in (HintState.COMPLETE, HintState.DONE):
-            return
-        self._hint_wait = None
+        if wait is not None and self.device.hint_state in (HintState.COMPLETE, HintState.DONE):
+            self._run_on_device(self.device.hinted_ranges, lambda ranges: self._give_hints(wait, ranges))
+
+    def _give_hints(self, wait: asyncio.Future[Ranges], ranges: Ranges) -> None:
+        if self._hint_wait is wait:
+            self._hint_wait = None
         if not wait.done():
-            wait.set_result(self.device.hinted_ranges())
+            wait.set_result(ranges)
 
     def _end_hint(self, why: str) -> None:
         """Let go who waits for a round that will not be complete."""

@@ -6,6 +6,7 @@ neither free nor resize it. What backs a region, and how it is given back, is fo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from balloon.errors import ConfigError, StateError
 __all__ = ["Claim", "FdRegion", "FileResidency", "GuestMemory", "Region", "RegionResidency", "Residency"]
 
 TIMEOUT = 10.0
+NOT_OURS = "this region is not part of this memory: remove() takes, once, what add() returned"
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,13 @@ class _Layout:
     pieces: tuple[Piece, ...] = ()
     """In the order of the map's rows."""
     closed: bool = False
+
+    def region_of(self, piece: Piece) -> Region:
+        """Return the region that a piece is a part of."""
+        for region in self.regions:
+            if piece in region.pieces:
+                return region
+        raise LookupError(piece)
 
 
 class GuestMemory:
@@ -271,12 +280,12 @@ class GuestMemory:
         :raise StateError: a drain did not end within `timeout` seconds; nothing was changed.
         :raise OSError: unmapping it or closing its file failed; it is removed all the same.
         """
+        if region not in self.regions:
+            raise ConfigError(NOT_OURS)
         try:
             with Turn(self._lock, timeout):
                 if region not in self.regions:
-                    raise ConfigError(
-                        "this region is not part of this memory: remove() takes, once, what add() returned"
-                    )
+                    raise ConfigError(NOT_OURS)
                 self._swap([other for other in self.regions if other is not region], timeout)
         finally:
             if region._lease.over:  # whatever was raised meanwhile, nobody is on it
@@ -371,30 +380,33 @@ class GuestMemory:
         with Turn(self._lock, TIMEOUT):
             for index, piece in enumerate(self._users.layout.pieces):
                 piece.looked = False
-                piece.method, piece.reason = self._region_of(piece)._look_again(piece)
+                region = self._users.layout.region_of(piece)
+                piece.method, piece.reason = region._look_again(piece)
                 self.map.set_method(index, piece.method)
 
     def look_at_refusals(self) -> None:
-        """Find out anew, once, what backs the regions that the kernel refused to take from (CONTRACTS 16)."""
-        with Turn(self._lock, TIMEOUT):
-            for index, piece in enumerate(self._users.layout.pieces):
-                method, refused = self.map.method(index)
+        """Find out anew, once, what backs the regions that the kernel refused to take from (CONTRACTS 16).
+
+        It may wait for the owner of a file, and holds no lock meanwhile; who removes the region waits for it.
+        """
+        layout, table = self._users.layout, self.map
+        while layout is not self._users.layout:  # it came between the two
+            layout, table = self._users.layout, self.map
+        with contextlib.suppress(IndexError, StateError):  # another layout is in force by now
+            for index, piece in enumerate(layout.pieces):
+                method, refused = table.method(index)
                 if not refused:
                     continue
                 was, piece.method = piece.method, method
                 piece.reason = f"the kernel refused: {os.strerror(refused)}"
                 if not piece.looked:
                     piece.looked = True
-                    method, reason = self._region_of(piece)._look_again(piece)
+                    region = layout.region_of(piece)
+                    with region._lease:
+                        method, reason = region._look_again(piece)
                     if method != was:  # else it looks as before, and yet was refused
                         piece.method, piece.reason = method, reason
-                self.map.set_method(index, piece.method)
-
-    def _region_of(self, piece: Piece) -> Region:
-        for region in self.regions:
-            if piece in region.pieces:
-                return region
-        raise LookupError(piece)
+                table.set_method(index, piece.method)
 
     @property
     def inhibited_by(self) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ rings (`balloon.served`) and its memory (`balloon.mapped`). Nothing here waits b
 * Every fd that came has one owner: the message until it is done with, then the ring that it was meant for.
   Both close theirs.
 * The event loop makes no system call on a front-end's fd that can wait: reading fds, mapping, closing and
-  signalling happen in the session's `Aside`. One that is stuck holds its own session only.
+  signalling happen in the session's `Aside`, and so does what waits for a drain. One that is stuck holds its
+  own session only.
 * A front-end that breaks the protocol costs its own session, and one line in the log.
 * What a front-end sent and did not live to see is dropped.
 """
@@ -26,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
 from balloon import budget, sockets, spec
 from balloon._worker import Worker
-from balloon.aside import Aside
 from balloon.device import Balloon, Effect
 from balloon.errors import ConfigError, PeerError, StateError
 from balloon.guest import Guest, is_rare
@@ -85,7 +85,6 @@ class Session(Guest):
         memory = GuestMemory()
         super().__init__(server.make_device(memory), number)
         self._server = server
-        self._aside = Aside(f"balloon front-end {number}")
         self._socket = sock
         self._inbox = sockets.Inbox(sock)
         self._outbox = sockets.Outbox(sock)

@@ -135,6 +135,7 @@ class VirtioDevice:
         self._lock = threading.RLock()
         self._requested = target_pages(target_bytes)
         self._warned: tuple[int, int] | None = None
+        self._warnings = 0, 0  # of which target, and how many
         self._show_target()
         self._warn_of_target()
         memory._users.add(self._plane)
@@ -220,22 +221,10 @@ class VirtioDevice:
         :raise StateError: a worker owns a queue: detach it first; a drain did not end in time; or this is
             inside a before-release hook.
         """
-        self._end_driver(reset=True)
+        self._end_driver()
         return Effect.NONE
 
-    def begin_driver(self) -> Effect:
-        """A new driver begins, over a transport that does not tell of a reset: forget what the old one said.
-
-        Queues are stopped and owe nothing; `actual` is 0, `poison_val` unknown, statistics and hinting are
-        as after a reset. Status, features and target stay as they are. Call it before what the new driver
-        says is passed on.
-
-        :raise StateError: see `reset`.
-        """
-        self._end_driver(reset=False)
-        return Effect.NONE
-
-    def _end_driver(self, *, reset: bool) -> None:
+    def _end_driver(self) -> None:
         check_outside_hook()
         if self._plane.worker is not None:
             raise StateError("a worker owns queues of this device: detach them first")
@@ -246,11 +235,10 @@ class VirtioDevice:
             with self._lock:
                 if self._ledger.queues:  # another thread has started one
                     continue
-                if reset:
-                    self._plane.live = False
-                    self._status = Status(0)
-                    self._refused = self._early = False
-                    self._accept(Feature(0))
+                self._plane.live = False
+                self._status = Status(0)
+                self._refused = self._early = False
+                self._accept(Feature(0))
                 self._forget_driver()
                 return
 
@@ -328,7 +316,9 @@ class VirtioDevice:
     def memory_changed(self) -> Effect:
         """Follow regions that came or went: NOTIFY_CONFIG if the target that is shown changed with them."""
         with self._lock:
-            effect = self._config_effect() if self._show_target() else Effect.NONE
+            self._follow_memory()  # somebody may have looked at the target before this call
+            effect = self._later & Effect.NOTIFY_CONFIG
+            self._later &= ~effect
         self._warn_of_target()
         return effect
 
@@ -342,13 +332,19 @@ class VirtioDevice:
             if not room or self._warned == kind:
                 return
             self._warned = kind
+            if kind is None:
+                return
+            of, times = self._warnings
+            self._warnings = asked, times + 1 if of == asked else 1
+            if (times := self._warnings[1]) & (times - 1):  # who has memory come and go sets the pace
+                return
         if asked > room:
             _log.warning(
                 "target of %.0f MiB clamped to the guest's RAM of %.0f MiB: ask for less",
                 asked / 256,
                 room / 256,
             )
-        elif kind is not None:
+        else:
             _log.warning(
                 "target of %.0f MiB leaves the guest %.0f MiB of %.0f MiB: it may run out of memory "
                 "(it needs %.0f MiB or more)",

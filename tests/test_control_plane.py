@@ -25,7 +25,6 @@ from balloon import (
     BalloonError,
     ConfigError,
     Effect,
-    Feature,
     GuestMemory,
     Role,
     StateError,
@@ -262,7 +261,7 @@ def test_every_method_may_be_called_from_any_thread(kind: str, how: str, nervous
     hammer(kind, how, 3.0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("part", range(3))
 @pytest.mark.parametrize("how", ["alone", "worker"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -319,6 +318,34 @@ def test_a_target_that_leaves_hardly_any_memory_is_warned_of_once(caplog: pytest
     assert [one.getMessage() for one in caplog.records] == [
         "target of 193 MiB leaves the guest 63 MiB of 256 MiB: it may run out of memory (it needs 64 MiB or more)"
     ]
+
+
+def test_memory_that_comes_and_goes_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A front-end has it come and go as fast as it likes."""
+    memory = GuestMemory(mmap.mmap(-1, 32 * MIB))
+    device = Balloon(memory, target_bytes=48 * MIB)
+    assert len(caplog.records) == 1
+    with mmap.mmap(-1, 96 * MIB) as more:
+        for _ in range(64):
+            region = memory.add(more, guest_address=1 << 32)
+            device.memory_changed()
+            memory.remove(region)
+            device.memory_changed()
+    assert len(caplog.records) == 7, "1, 2, 4, ... 64"
+    device.set_target(40 * MIB)
+    assert "target of 40 MiB clamped" in caplog.text, "the operator's word is told at once"
+
+
+def test_a_look_at_the_target_takes_no_notification_away() -> None:
+    """Another thread looks while memory changes: the driver is told all the same."""
+    memory = GuestMemory(mmap.mmap(-1, 64 * MIB))
+    device = Balloon(memory, target_bytes=96 * MIB)
+    device.write_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.DRIVER_OK)
+    memory.add(mmap.mmap(-1, 64 * MIB), guest_address=1 << 32)
+    assert device.target_bytes == 96 * MIB
+    assert device.memory_changed() is Effect.NOTIFY_CONFIG
+    assert device.memory_changed() is Effect.NONE
+    assert device.take_effects() is Effect.NONE
 
 
 def test_a_target_is_rounded_down_to_a_page_and_any_integer_counts() -> None:
@@ -489,8 +516,7 @@ def test_statistics_that_are_not_answered_are_called_for_again(how: str) -> None
 # A new driver starts from nothing.
 
 
-@pytest.mark.parametrize("way", ["reset", "begin_driver"])
-def test_a_new_driver_starts_from_nothing(way: str) -> None:
+def test_a_new_driver_starts_from_nothing() -> None:
     memory = GuestMemory(mmap.mmap(-1, 16 * MIB))
     device = Balloon(memory, hinting=True, target_bytes=MIB)
     driver = Driver(GuestRam.of(memory), device, stats={4: 7})
@@ -500,17 +526,15 @@ def test_a_new_driver_starts_from_nothing(way: str) -> None:
     driver.set_actual(9)
     device.start_hinting()
     assert device.stats is not None
-    assert getattr(device, way)() is Effect.NONE
+    assert device.reset() is Effect.NONE
     now: Any = device.stats, device.actual_bytes, device._poison
     assert now == (None, 0, None)
     assert device.read_config(0, 16) == (256).to_bytes(4, "little") + bytes(12)
     assert device.hint_state.name == "IDLE"
     assert len(device.stats_history) == 2
     assert not device.queues
-    kept = way == "begin_driver"
-    assert bool(device.status & Status.DRIVER_OK) is kept
-    assert bool(device.driver_features & Feature.STATS_VQ) is kept
-    assert device._plane.keep_reported is kept  # negotiated, and never written: unknown
+    assert not device.status
+    assert not device.driver_features
 
 
 # A small ring.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
+import mmap
 import os
+import platform
 import select
+import struct
 import subprocess
 import sys
 import textwrap
@@ -23,6 +27,8 @@ from balloon.errors import StateError
 from balloon.spec import Role
 from balloon.testing import faults
 
+Require = Callable[[str, object, str], None]
+
 
 def until(true: Callable[[], Any], what: str = "it") -> Any:
     """Wait until something is so, and return it."""
@@ -37,8 +43,9 @@ def until(true: Callable[[], Any], what: str = "it") -> Any:
 class Stuck:
     """Stands in for the kernel: a discard in this memory does not come back before `go` is set."""
 
-    def __init__(self, *benches: Bench) -> None:
-        self.files = {os.fstat(bench.fd).st_ino for bench in benches}
+    def __init__(self, *files: Bench | int) -> None:
+        fds = [file if isinstance(file, int) else file.fd for file in files]
+        self.files = {os.fstat(fd).st_ino for fd in fds}
         self.inside = threading.Semaphore(0)
         self.go = threading.Event()
 
@@ -315,6 +322,58 @@ def test_a_full_call_pipe_that_blocks_in_the_write_stops_nobody() -> None:
         worker.wait_detached(queue_of(slow))
         for fd in (read_end, write_end, far):
             os.close(fd)
+
+
+@contextlib.contextmanager
+def a_file_that_blocks(require: Require) -> Iterator[tuple[int, Callable[[], None]]]:
+    """A file whose write waits until the function is called: the kernel holds its lock, and waits for us."""
+    number = {"x86_64": 323, "aarch64": 282}.get(platform.machine())
+    require("userfaultfd", number is not None, f"its number on {platform.machine()} is not known here")
+    libc = ctypes.CDLL(None, use_errno=True)
+    fault = int(libc.syscall(ctypes.c_long(number or 0), ctypes.c_long(os.O_CLOEXEC | os.O_NONBLOCK)))
+    require("userfaultfd", fault >= 0, f"userfaultfd(2): {os.strerror(ctypes.get_errno())}")
+    fcntl.ioctl(fault, 0xC018AA3F, struct.pack("<3Q", 0xAA, 0, 0))  # UFFDIO_API
+    page = mmap.mmap(-1, PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    fcntl.ioctl(fault, 0xC020AA00, struct.pack("<4Q", address, PAGE, 1, 0))  # UFFDIO_REGISTER
+    file = os.memfd_create("blocks")
+    writer = threading.Thread(target=os.pwrite, args=(file, page, PAGE))
+    writer.start()
+    assert select.select([fault], [], [], PATIENCE)[0], "the kernel does not wait for this page"
+    ends = contextlib.ExitStack()
+    ends.callback(os.close, file)
+    ends.callback(writer.join)
+    ends.callback(os.close, fault)
+    with ends:
+        yield file, lambda: ends.pop_all().close()
+
+
+def test_a_ring_whose_owed_notification_is_stuck_is_served_by_nobody_else(require: Require) -> None:
+    """It was kicked before: it waits in the worker's list, and then a command about it gets stuck."""
+    with Bench() as slow, Worker() as worker, Bench(worker=worker) as good:
+        index = slow.driver.indices[Role.REPORTING]
+        worker.attach(queue_of(slow), slow.kicks[index])
+        slow.queue(Role.REPORTING).ask_for_call()
+        report(slow)  # from now on a notification is owed
+        stuck = Stuck(good)
+        with a_file_that_blocks(require) as (file, go):
+            with stuck.held():
+                good.post_report(1)
+                good.kick(Role.REPORTING)
+                stuck.wait()  # so that the kick and the command come together
+                head = slow.post_report(1)
+                os.eventfd_write(slow.kicks[index], 1)
+                worker.set_call(queue_of(slow), file)
+            take(good, 1)
+            slowed = ("slow", queue_of(slow), 0)
+            until(lambda: slowed in worker.take_events(), "the handoff")
+            for page in range(2, 10):
+                report(good, page)
+            assert slow.queue(Role.REPORTING).take_used() == []
+            go()
+            assert take(slow, 1) == [head]
+            until(lambda: worker.stuck == 0)
+            worker.wait_detached(queue_of(slow))
 
 
 def test_no_call_fd_of_a_guest_is_lost_or_kept_open() -> None:

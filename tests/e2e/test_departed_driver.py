@@ -101,7 +101,7 @@ def come_and_go(guest: UmlGuest, server: Served, rounds: int) -> None:
     assert faults == dict.fromkeys(faults, 0)
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.soak)])
 def test_memory_of_a_driver_that_left_is_the_guests(
     uml: tuple[UmlFiles, Path], tmp_path: Path, rounds: int
 ) -> None:
