@@ -35,11 +35,11 @@ from balloon.testing.uml_files import UmlUnavailable
 BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", re.ASCII | re.IGNORECASE)
-FLUSH_SECONDS = 0.3
+FLUSH_SECONDS = 0.15
 """How long the end waits for the readers of stdout and stderr."""
 SWITCH_SECONDS = 0.0005
 """How soon the event loop gets its turn while another thread runs Python."""
-END_SECONDS = 3.0
+END_SECONDS = 2.0
 """How long after a signal the process is there at most, should its orderly end not come."""
 
 

@@ -52,8 +52,10 @@ BEGINS_BURST: Final = 200
 """Front-ends that begin as fast as they speak."""
 BEGINS_PER_SECOND: Final = 50.0
 """Front-ends that begin in the long run: each takes about a millisecond of the event loop."""
-STOP_SECONDS: Final = 0.5
-"""How long `Server.run` waits for its front-ends' ends after `stop`, and again for its threads."""
+STOP_SECONDS: Final = 0.4
+"""How long `Server.run` waits for its front-ends' ends after `stop`."""
+WORKERS_SECONDS: Final = 0.2
+"""And for its workers after that."""
 NOTES_MAX: Final = 10
 """Lines in the log in a minute for front-ends that were not let in."""
 CLOSING_PAUSE_SECONDS: Final = 0.05
@@ -270,7 +272,7 @@ class Server:
         if self._ends is not None:
             loop.remove_reader(self._ends.fileno())
             self._ends.close()
-        until = time.monotonic() + STOP_SECONDS
+        until = time.monotonic() + WORKERS_SECONDS
         for worker in tuple(self._workers):
             self.forget_worker(worker)
             try:
