@@ -53,6 +53,8 @@ SLOW_SECONDS: Final = 10.0
 """After how long a ring that does not become quiet gets a line in the log."""
 SETTLE_SECONDS: Final = 1.0
 """For how long rings whose driver may leave are served before what is left of their requests is cut short."""
+SIGNALS_MAX: Final = 64
+"""Signals of errors that wait for a front-end whose fds are stuck: another one says nothing new."""
 KICK_PAUSE_SECONDS: Final = 0.05
 """How long kicks are not looked at after one that could not start its ring."""
 TARGETS_MAX: Final = 60
@@ -618,7 +620,7 @@ class Session(Guest):
         self._rings[index].call = self._replace(self._rings[index].call, fd, fds)
 
     def _signal_err(self, index: int) -> None:
-        if (fd := self._rings[index].err) >= 0:
+        if (fd := self._rings[index].err) >= 0 and self._aside.waiting < SIGNALS_MAX:
             self._aside.submit(lambda: sockets.signal(fd))  # it is closed there too, and so later
 
     def _set_channel(self, fd: int, fds: list[int]) -> None:
