@@ -129,10 +129,9 @@ cdef class MapSwitch:
         cdef DataPlane plane
         check_outside_hook()
         for plane in self.present():
-            check_process(plane.generation)
-            if not take_until(plane, until):
+            if plane.take_until(until):  # a signal's handler may raise meanwhile
                 raise StateError(f"a drain did not end within {timeout:g} seconds; try again")
-            pthread_mutex_unlock(&plane.lock)
+            plane.release()
 
     def swap(self, GuestMap new not None, object layout, tuple leases, double timeout):
         """Put another layout in force, on every device at once, and end these leases and the old map's.

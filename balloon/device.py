@@ -13,9 +13,10 @@ Section of the standard: Traditional Memory Balloon Device.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -97,6 +98,7 @@ class Balloon(VirtioDevice):
         self._stats_seen = 0
         self._rounds = HintingRounds()
         self._turn = threading.RLock()
+        self._ring_gone = False
         self._hook: tuple[ReleaseHook | None, float] = (None, HOOK_SECONDS)
         self._hook_failures = 0
 
@@ -111,7 +113,7 @@ class Balloon(VirtioDevice):
 
     def _end_driver(self) -> None:
         check_outside_hook()
-        with self._turn:
+        with self._in_turn():
             super()._end_driver()
             self._set_hooks()
 
@@ -143,7 +145,26 @@ class Balloon(VirtioDevice):
 
     def _after_stop(self, role: Role) -> None:
         if role is Role.HINTING:
-            self._owe(self.finish_hinting())
+            self._ring_gone = True
+            self._follow_ring()
+
+    def _follow_ring(self) -> None:
+        """Finish the round of a hinting ring that stopped; or who has the turn does, and nobody waits."""
+        while self._ring_gone and self._turn.acquire(blocking=False):
+            try:
+                self._ring_gone = False
+                self._owe(self.finish_hinting())
+            finally:
+                self._turn.release()
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Change the hinting round or the hooks, as the only thread that does; it may wait for a drain."""
+        try:
+            with self._turn:
+                yield
+        finally:
+            self._follow_ring()
 
     def on_event(self, kind: str, queue: DataQueue) -> Effect:
         """Take what a worker tells of a queue, see `Worker.take_events()`; returns what is to be done.
@@ -271,7 +292,7 @@ class Balloon(VirtioDevice):
             raise ConfigError("the guest may write to hinted pages: give a dirty_check or unsafe_reclaim")
         check_callable("dirty_check", dirty_check)
         check_outside_hook()
-        with self._turn:
+        with self._in_turn():
             if self._queue_of(Role.HINTING) is None:
                 raise StateError("no hinting queue runs: no FREE_PAGE_HINT, or the driver is not up")
             with self._lock:  # first: where there is none, the round that goes on is not harmed
@@ -301,7 +322,7 @@ class Balloon(VirtioDevice):
         if not self._rounds.active:
             return Effect.NONE
         check_outside_hook()
-        with self._turn:
+        with self._in_turn():
             if not self._rounds.active or only not in (None, self._rounds.round):
                 return Effect.NONE
             self._plane.end_hints()
@@ -386,7 +407,7 @@ class Balloon(VirtioDevice):
         if not isinstance(timeout, int | float) or not 0 < timeout < 1e6:
             raise ConfigError(f"invalid timeout: {timeout!r} seconds (above 0, below 1000000)")
         check_outside_hook()
-        with self._turn:
+        with self._in_turn():
             before, self._hook = self._hook, (hook, timeout)  # it is there before it is asked
             try:
                 self._set_hooks()
@@ -448,7 +469,7 @@ class Balloon(VirtioDevice):
         if self._plane.worker is not None:
             raise StateError("a worker owns queues of this device: detach them first")
         check_outside_hook()
-        with self._turn, Holds() as held:
+        with self._in_turn(), Holds() as held:
             held.take(self._plane)
             with self._lock:
                 return self._snapshot().as_dict()
@@ -496,7 +517,7 @@ class Balloon(VirtioDevice):
         Whatever is raised, the device is as it was before.
         """
         saved = Snapshot.from_dict(data)
-        with self._turn, self.memory._lock, self._lock:
+        with self._in_turn(), self.memory._lock, self._lock:
             if self._status or self._ledger.queues:
                 raise StateError("only a new device can be restored")
             before = self._state()

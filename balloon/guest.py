@@ -274,6 +274,7 @@ class Guest:
                 wait: asyncio.Future[Ranges] = asyncio.get_running_loop().create_future()
                 self._hint_wait = wait
                 self._apply(effect)
+                self._look_at_hinting()  # the ring may have stopped meanwhile
                 return await wait
         except (TimeoutError, asyncio.CancelledError) as error:
             given_up = True

@@ -310,6 +310,9 @@ class Server:
                     _log.warning("no front-end can be accepted now: %s", error.strerror)
                 self._pause(ACCEPT_PAUSE_SECONDS)
                 return
+            if self._once:  # whoever comes first is the front-end, also one that says nothing
+                self._begin(sock)
+                return
             self._lobby.add(sock)
             if self._aside.waiting > REFUSED_MAX:  # closing takes its time
                 self._pause(CLOSING_PAUSE_SECONDS)

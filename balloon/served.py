@@ -41,6 +41,8 @@ SETTLE_SECONDS: Final = 1.0
 """For how long rings whose driver may leave are served before what is left of their requests is cut short."""
 KICK_PAUSE_SECONDS: Final = 0.05
 """How long kicks are not looked at after one that could not start its ring."""
+SIGNALS_MAX: Final = 64
+"""Signals of errors that may wait behind an fd that is stuck."""
 
 _log = logging.getLogger(__name__)
 
@@ -165,7 +167,7 @@ class ServedRings:
 
     def signal_err(self, index: int) -> None:
         """Signal a ring's error fd, if it has one."""
-        if (fd := self.fds[index].err) >= 0:
+        if (fd := self.fds[index].err) >= 0 and self._aside.waiting < SIGNALS_MAX:
             self._aside.submit(lambda: sockets.signal(fd))  # it is closed there too, and so later
 
     def _replace(self, old: int, fd: int | None) -> int:

@@ -290,40 +290,6 @@ def test_a_call_fd_may_be_closed_as_soon_as_it_is_replaced() -> None:
             os.close(fd)
 
 
-def test_a_full_call_pipe_that_blocks_in_the_write_stops_nobody() -> None:
-    """B12: whoever shares the fd fills it between the look and the write; here, a pipe with room for less."""
-    read_end, write_end = os.pipe()
-    fcntl.fcntl(write_end, 1031, PAGE)  # F_SETPIPE_SZ
-    os.write(write_end, bytes(PAGE - 4))  # poll(2) says that it can be written: four bytes can
-    os.set_blocking(write_end, False)
-    with Bench() as slow, Worker() as worker, Bench(worker=worker) as good:
-        index = slow.driver.indices[Role.REPORTING]
-        worker.attach(queue_of(slow), slow.kicks[index], write_end)
-        slow.queue(Role.REPORTING).ask_for_call()
-        report(slow)
-        os.set_blocking(write_end, True)
-        slow.queue(Role.REPORTING).ask_for_call()
-        heads = [slow.post_report(1)]
-        os.eventfd_write(slow.kicks[index], 1)
-        assert take(slow, 1) == heads
-        for page in range(10):
-            report(good, page)
-        far = os.eventfd(0)
-        for _ in range(20):
-            worker.set_call(queue_of(slow), far)
-        os.set_blocking(read_end, False)
-        with contextlib.suppress(BlockingIOError):
-            while os.read(read_end, PAGE):
-                pass
-        until(lambda: worker.stuck == 0)
-        slow.queue(Role.REPORTING).ask_for_call()
-        report(slow, 2)
-        assert select.select([far], [], [], PATIENCE)[0]
-        worker.wait_detached(queue_of(slow))
-        for fd in (read_end, write_end, far):
-            os.close(fd)
-
-
 @contextlib.contextmanager
 def a_file_that_blocks(require: Require) -> Iterator[tuple[int, Callable[[], None]]]:
     """A file whose write waits until the function is called: the kernel holds its lock, and waits for us."""
@@ -346,6 +312,31 @@ def a_file_that_blocks(require: Require) -> Iterator[tuple[int, Callable[[], Non
     ends.callback(os.close, fault)
     with ends:
         yield file, lambda: ends.pop_all().close()
+
+
+def test_a_call_fd_that_blocks_in_the_write_stops_nobody(require: Require) -> None:
+    """B12: whoever shares the fd may have it block between the look and the write. It may be replaced then."""
+    far = os.eventfd(0)
+    with Bench() as slow, Worker() as worker, Bench(worker=worker) as good:
+        index = slow.driver.indices[Role.REPORTING]
+        with a_file_that_blocks(require) as (file, go):
+            worker.attach(queue_of(slow), slow.kicks[index], file)
+            slow.queue(Role.REPORTING).ask_for_call()
+            head = slow.post_report(1)
+            os.eventfd_write(slow.kicks[index], 1)
+            assert take(slow, 1) == [head]
+            until(lambda: worker.stuck == 1)
+            for page in range(10):
+                report(good, page)
+            for _ in range(20):
+                worker.set_call(queue_of(slow), far)
+            go()
+        until(lambda: worker.stuck == 0)
+        slow.queue(Role.REPORTING).ask_for_call()
+        report(slow, 2)
+        assert select.select([far], [], [], PATIENCE)[0]
+        worker.wait_detached(queue_of(slow))
+    os.close(far)
 
 
 def test_a_ring_whose_owed_notification_is_stuck_is_served_by_nobody_else(require: Require) -> None:

@@ -609,6 +609,34 @@ def test_b11_what_waits_for_a_check_is_kept_when_the_round_ends(by: str) -> None
         assert it.shown == {"reset": STOP, "another round": begun.id + 1}.get(by, DONE)
 
 
+def test_a_ring_stops_while_another_thread_waits_for_a_drain_to_begin_a_round() -> None:
+    """Who stops it does not wait as well; the round that begins afterwards is finished at once."""
+    with rig("notify") as it:
+        inside, go = threading.Event(), threading.Event()
+        set_hooks = it.device._set_hooks
+
+        def wait() -> None:
+            inside.set()
+            assert go.wait(PATIENCE)
+            set_hooks()
+
+        it.device._set_hooks = wait  # type: ignore[method-assign]
+        beginning = threading.Thread(target=it.device.start_hinting)
+        beginning.start()
+        assert inside.wait(PATIENCE)
+        stopping = threading.Thread(target=it.device.stop_queue, args=(HINTS,))
+        stopping.start()
+        stopping.join(PATIENCE / 2)
+        waits = stopping.is_alive()
+        it.device._set_hooks = set_hooks  # type: ignore[method-assign]
+        go.set()
+        for thread in (beginning, stopping):
+            thread.join(PATIENCE)
+        assert not waits
+        assert (it.state, it.shown) == (HintState.DONE, DONE)
+        assert it.device.take_effects() & Effect.NOTIFY_CONFIG
+
+
 @pytest.mark.parametrize("by", ["finish", "another round"])
 def test_b11_a_verdict_that_was_given_does_not_outlive_the_round(by: str) -> None:
     """The check runs in `notify()`; while it does, another thread ends the round. Then it says yes."""

@@ -79,7 +79,7 @@ def test_a_handler_that_raises_leaves_no_lock_behind(name: str, ticking: None) -
         bench.memory.inhibit("the last one").release()
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "end_hints"])  # no hinting queue runs
 def test_a_handler_that_raises_ends_a_wait(name: str, ticking: None) -> None:
     """While another thread holds the device; nothing is left inhibited either."""
     with Bench() as bench:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import struct
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -96,6 +97,20 @@ def test_a_round_that_is_complete_waits_for_the_drain_to_be_finished(guest: Gues
         assert hinting.shown_id() == command
     assert future.result(10)[:, 1].sum() == 4 * MIB
     assert hinting.wait_id() == HINT_DONE
+
+
+def test_errors_of_a_front_end_whose_fds_are_stuck_do_not_pile_up(guest: Guest) -> None:
+    session, inside, go = guest.running.session, threading.Event(), threading.Event()
+    error_fd = guest.front_end.rings[0].err_fd
+    guest.front_end.demand(wire.SET_VRING_ERR, struct.pack("=Q", 0), [error_fd])
+    session._aside.submit(lambda: inside.set() or go.wait(PATIENCE))
+    try:
+        assert inside.wait(PATIENCE)
+        for _ in range(1000):
+            guest.running.call(session._rings.signal_err, 0)
+        assert 1 < session._aside.waiting <= 64
+    finally:
+        go.set()
 
 
 def refuse(fd: int, mode: int, offset: int, length: int) -> int:
