@@ -241,9 +241,11 @@ def soak(uml: tuple[UmlFiles, Path], folder: Path, seconds: float, period: float
         log = daemon.log_path.read_text()
         sys.stdout.write(f"alone {alone}\nleft {left}\nlog:\n{log[-2000:]}\n")
         first, last = samples[0], samples[-1]
-        assert {name: last[name] for name in ("fds", "threads")} == {
-            name: first[name] for name in ("fds", "threads")
-        }
+        for name in (
+            "fds",
+            "threads",
+        ):  # some come with the first reload of a guest, or are just on their way
+            assert last[name] <= first[name] + 2 * GUESTS
         assert last["mappings"] <= first["mappings"] + 8
         assert last["resident_kib"] <= first["resident_kib"] + GROWTH_KIB
         assert left["fds"] == alone["fds"]
