@@ -27,7 +27,8 @@ from balloon._hints cimport fill_hints
 from balloon._parts cimport parts_forget, parts_whole
 from balloon._reclaim cimport range_t, reclaim_clear, reclaim_flush, reclaim_full, reclaim_settle, reclaim_t
 from balloon._ring cimport (
-    split_index, split_left, split_listen, split_pending, split_pop, split_publish, split_push, split_silence,
+    RESUMED_ELSEWHERE, split_index, split_left, split_listen, split_pending, split_pop, split_publish,
+    split_push, split_silence,
 )
 from balloon._spec cimport (
     COPY_WORK, FAULT_AVAILABLE_AHEAD, FAULT_HEAD_RANGE, FAULT_NONE, FAULT_STATS_SURPLUS, PAGE_SHIFT,
@@ -340,8 +341,10 @@ cdef int queue_slice(queue_t *q, reclaim_t *r) noexcept nogil:
         if popped >= most or reclaim_full(r):
             break
     if q.ring.resumed:
-        q.ring.resumed = False
-        q.news |= NEWS_RESUMED
+        q.notify = True  # the last back-end may have ended before it did this
+        if q.ring.resumed == RESUMED_ELSEWHERE:
+            q.news |= NEWS_RESUMED
+        q.ring.resumed = 0
     if r.count and not late and hooked(q):
         late = overdue(q, hook_limit(q))
         if not late and ask_hook(q, r):

@@ -90,3 +90,4 @@ cdef class GuestMap:
     cdef readonly object holds
     cdef void retire(self) noexcept
     cdef list parts(self, uint64_t address, uint64_t size)
+    cdef int check_index(self, size_t index) except -1

@@ -56,6 +56,10 @@ cdef int check_process(int made) except -1:
     return 0
 
 
+_GONE = (
+    "this is of a layout of guest memory that is not in force any more: look at GuestMemory.map and "
+    "GuestMemory.regions again"
+)
 METHODS = ("none", "dontneed", "remove", "punch")
 
 
@@ -169,10 +173,7 @@ cdef class Lease:
             with nogil:
                 usleep(100)
         if self.state != LEASE_IN_FORCE:
-            raise StateError(
-                "this is of a layout of guest memory that is not in force any more: look at "
-                "GuestMemory.map and GuestMemory.regions again"
-            )
+            raise StateError(_GONE)
         flag_add(&self.running, 1)
         return 0
 
@@ -355,17 +356,28 @@ cdef class GuestMap:
                 return parts
             address += take
 
-    def method(self, size_t index):
-        """The reclaim method of region `index` as it is now, and the errno that changed it, or 0."""
+    cdef int check_index(self, size_t index) except -1:
+        if self.lease.state == LEASE_OVER:
+            raise StateError(_GONE)
         if index >= self.map.count:
             raise IndexError(index)
+        return 0
+
+    def method(self, size_t index):
+        """The reclaim method of region `index` as it is now, and the errno that changed it, or 0.
+
+        :raise StateError: another layout is in force by now.
+        """
+        self.check_index(index)
         cdef region_t *region = &self.map.regions[index]
         return METHODS[flag_load(&region.method)], flag_load(&region.refused)
 
     def set_method(self, size_t index, str method):
-        """Put another reclaim method on region `index`, after it was found out anew (CONTRACTS 16)."""
-        if index >= self.map.count:
-            raise IndexError(index)
+        """Put another reclaim method on region `index`, after it was found out anew (CONTRACTS 16).
+
+        :raise StateError: another layout is in force by now.
+        """
+        self.check_index(index)
         cdef region_t *region = &self.map.regions[index]
         flag_store(&region.refused, 0)
         flag_store(&region.method, METHODS.index(method))

@@ -40,8 +40,12 @@ ctypedef struct split_t:
     bint fresh               # nothing of the used ring was looked at yet
     bint resume              # go on where the used index stands if that is near, and
     bint anywhere            # in any case: the index to go on at is not known
-    bint resumed             # that was another index than the one given, which was not told yet
+    int resumed              # RESUMED: the ring was served before, which was not told yet
     bint touched             # something was written to the used ring that is not published yet
+
+cdef enum:
+    RESUMED = 1              # its used index was not 0
+    RESUMED_ELSEWHERE = 2    # and was another index than the one given
 
 cdef uint64_t copy_in(const map_t *map, uint64_t address, void *copy, uint64_t size) noexcept nogil
 cdef int split_pop(split_t *ring, const map_t *map) noexcept nogil

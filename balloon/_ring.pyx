@@ -128,9 +128,12 @@ cdef void begin_ring(split_t *ring) noexcept nogil:
     ring.fresh = False
     ring.next_used = in_order_u16(ring, load_acquire_u16(ring.used + 2))
     ahead = ring.next_available - ring.next_used
+    if ring.resume and ring.next_used:
+        ring.resumed = RESUMED
     if ring.resume and ahead and (ring.anywhere or ahead <= ring.size or <uint16_t>-ahead <= ring.size):
         ring.next_available = ring.next_used
-        ring.resumed = not ring.anywhere
+        if not ring.anywhere:
+            ring.resumed = RESUMED_ELSEWHERE
     store_once_u16(ring.used, 0)
 
 

@@ -34,7 +34,7 @@ from balloon.testing.uml_files import UmlUnavailable
 
 BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?", re.ASCII | re.IGNORECASE)
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(iB?|B)?", re.ASCII | re.IGNORECASE)
 FLUSH_SECONDS = 0.15
 """How long the end waits for the readers of stdout and stderr."""
 SWITCH_SECONDS = 0.0005
@@ -46,7 +46,7 @@ END_SECONDS = 2.0
 def parse_size(text: str) -> int:
     """Bytes; with K, M, G, T or KiB ... as binary multiples, with KB, MB, GB, TB as decimal ones."""
     match = SIZE.fullmatch(text.strip())
-    if match is None or (not match[2] and ("." in match[1] or (match[3] or "").lower() == "ib")):
+    if match is None or (not match[2] and ("." in match[1] or (match[3] or "b").lower() != "b")):
         raise argparse.ArgumentTypeError(
             f"invalid size {text!r}: give bytes, or a number with a unit: 512M, 1.5G, 2GiB (binary), 2GB"
         )

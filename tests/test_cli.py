@@ -46,6 +46,7 @@ def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
         ("1000000000", 10**9),
         ("512M", 512 << 20),
         ("512MiB", 512 << 20),
+        ("512Mi", 512 << 20),
         ("512MB", 512 * 10**6),
         ("2g", 2 << 30),
         ("1.5G", 3 << 29),
@@ -60,7 +61,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "-1", "M", "1.5", "1iB", "1P", "0x10", "1 M M", "1..5G", "1e9", "\u0663M"]
+    "text", ["", "-1", "M", "1.5", "1iB", "1i", "1P", "0x10", "1 M M", "1..5G", "1e9", "\u0663M"]
 )
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="invalid size"):

@@ -233,6 +233,8 @@ def test_what_was_removed_names_no_file_and_no_address(way: str) -> None:
             lambda: reclaimer.discard(table, [(HIGH, MIB)]),
             lambda: table.translate(HIGH, MIB),
             lambda: table.resident_bytes(0),
+            lambda: table.method(0),
+            lambda: table.set_method(0, "punch"),
             region.resident_bytes,
             region.huge_bytes,
             ring.pop,

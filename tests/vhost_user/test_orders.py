@@ -227,6 +227,22 @@ def test_a_base_ahead_of_the_used_index_serves_again_what_was_never_used(
     assert ("resumed" in news) == (base != 3)
 
 
+@pytest.mark.parametrize("used", [0, 3])
+def test_a_driver_is_notified_again_where_the_last_back_end_may_have_ended_before_it_did(
+    orders: Callable[[bool], Any], used: int
+) -> None:
+    """A back-end that dies between the used index and the notification leaves a driver that sleeps."""
+    edge = orders(False)
+    GuestRam.of(edge.memory).array(edge.base + 16 * 64, "<u2", 2)[1] = used
+    queue = DriverQueue(GuestRam.of(edge.memory), 64, edge.base, indirect=False)
+    queue.used_header[1] = used
+    for message in MESSAGES:
+        say(edge, message, 0, 64, base=used)
+    queue_of_ours = edge.device.queue(INFLATE)
+    assert [queue_of_ours.serve()[0] for _ in range(2)] == [used != 0, False]
+    assert "resumed" not in queue_of_ours.serve()[3]
+
+
 def test_a_base_far_from_the_used_index_is_believed(orders: Callable[[bool], Any]) -> None:
     edge = orders(False)
     for message in MESSAGES:
