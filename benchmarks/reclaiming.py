@@ -125,7 +125,7 @@ class Guest:
             self._fds.append(os.memfd_create("ram", os.MFD_HUGETLB if huge == "hugetlb" else os.MFD_CLOEXEC))
             os.ftruncate(self._fds[1], size)
             for at in range(0, size, step):
-                self.memory.add_fd(self._fds[1], step, offset=at, guest_address=AT + at)
+                self.memory.add_fd(self._fds[1], step, offset=at, guest_address=AT + at, discard_hugetlb=True)
         else:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
             owner = np.frombuffer(

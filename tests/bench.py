@@ -196,7 +196,9 @@ class Bench:
         if big:
             if fd < 0:
                 self.big_fd = self.file(big)
-            self.big = self.memory.add_fd(self.big_fd, big, guest_address=BIG_AT, page_bytes=page)
+            self.big = self.memory.add_fd(
+                self.big_fd, big, guest_address=BIG_AT, page_bytes=page, discard_hugetlb=True
+            )
             ctypes.memset(self.big.host_address, 1, big)
         self.ram = GuestRam.of(self.memory)
         self.worker = worker
