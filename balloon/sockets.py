@@ -49,7 +49,7 @@ UNREAD_BYTES_MAX: Final = 1 << 16
 WINDOW: Final = wire.HEADER_BYTES + wire.PAYLOAD_MAX
 """Bytes that are looked at in one go: the longest message."""
 _INT_BYTES: Final = struct.calcsize("i")
-BACKLOG: Final = 64
+BACKLOG: Final = 1024
 """Front-ends that may wait to be accepted."""
 
 FDS_WITH: Final[dict[int, int]] = {

@@ -1507,6 +1507,7 @@ def test_a_front_end_whose_end_cannot_be_watched_is_hung_up_on(running: Running,
 
     running.call(setattr, running.server, "_ends", Full(running.server._ends))
     with FrontEnd.connect(path) as front_end:
+        front_end.send(Request.GET_FEATURES)
         assert front_end.is_gone()
     assert running.call(lambda: running.server._connections) == {}
     with FrontEnd.connect(path) as front_end:
@@ -1589,7 +1590,7 @@ def test_whatever_comes_the_server_lives_and_every_fd_is_closed(
             for data, count in chunks:
                 if data:
                     front_end.send_raw(data, [dice.choice(pool) for _ in range(count)])
-    if start or any(data for data, _ in chunks):  # else it was never a front-end
+    if start != "nothing" or any(data for data, _ in chunks):  # else it was never a front-end
         running.wait("disconnected")
     assert running.thread.is_alive()
     wait_until(lambda: open_fds() == before)
