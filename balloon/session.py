@@ -535,6 +535,9 @@ class Session(Guest):
         await self._aside.run(self._free)
         self._aside.close()
         self._report("disconnected", reason=reason, **about)
+        # These know this session: without them it is freed at once, and not when the garbage collector comes,
+        # which may be hundreds of guests later.
+        del self._rings, self._mapped
 
     def _drop_connection(self) -> None:
         self._socket.close()

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -992,9 +993,10 @@ def test_a_worker_that_ends_late_costs_no_memory(
         (one,) = running.server.sessions
         running.call(one.on_event, "slow", one.device.queue(reporting(front_end)))
         wait_until(lambda: running.call(lambda: one._rings._moving is None))
-        assert isinstance(one._rings.worker, Late)
+        late = one._rings.worker
+        assert isinstance(late, Late)
     running.wait("disconnected")
-    assert one._rings.worker.closes == 2
+    assert late.closes == 2
     assert one.memory.regions == ()
     assert "front-end 1: its worker goes on" in caplog.text
 
@@ -1656,3 +1658,25 @@ def test_huge_pages_of_a_guest_are_kept_unless_the_operator_says_so(
         finally:
             os.close(fd)
         running.stop()
+
+
+def test_a_front_end_that_went_away_leaves_nothing_to_the_garbage_collector(
+    running: Running, path: Path
+) -> None:
+    """What lived for long is collected late: a daemon would grow with each guest that reboots."""
+    gone = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with FrontEnd.connect(path) as front_end:
+                front_end.start_like_uml(drop=Feature.PAGE_POISON)
+                check_reporting(front_end)
+                (one,) = running.server.sessions
+                gone += [weakref.ref(one), weakref.ref(one.device), weakref.ref(one.memory)]
+                del one
+            running.wait("disconnected")
+        wait_until(lambda: not running.server.sessions)
+        wait_until(lambda: all(ref() is None for ref in gone))
+    finally:
+        gc.enable()

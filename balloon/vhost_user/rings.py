@@ -255,6 +255,7 @@ class Rings:
         """
         for index in self.running:
             self._stop_queue(index)
+        self._on_effect = _ignore  # so that nothing here refers to its owner
 
     def _again(self, indices: Iterable[int]) -> Iterator[Action]:
         """Start rings that ran before; one whose memory is gone goes on as it was, or waits for that."""
@@ -286,3 +287,7 @@ class Rings:
             if offset >= 0 and offset + size <= region.size:
                 return region.guest_address + offset
         raise Refused(f"no memory region has {size} bytes at user address {user_address:#x}")
+
+
+def _ignore(effect: Effect) -> None:
+    """Do nothing about an effect."""
