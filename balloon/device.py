@@ -476,6 +476,7 @@ class Balloon(VirtioDevice):
 
     def _snapshot(self) -> Snapshot:
         """Under the lock, while every drain is kept out."""
+        self._follow_memory()
         queues = []
         for index, queue in sorted(self._ledger.queues.items()):
             next_available, owed = queue.quiesce()

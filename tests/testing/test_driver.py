@@ -223,15 +223,15 @@ def test_hints_are_sent_under_the_id_that_is_shown_or_another() -> None:
 
 
 def test_a_kick_waits_where_the_rate_is_used_up() -> None:
-    with GuestMemory(mmap.mmap(-1, 8 * MIB)) as memory:
+    with GuestMemory(mmap.mmap(-1, 32 * MIB)) as memory:
         device = Balloon(memory)
         driver = Driver(GuestRam.of(memory), device)
         driver.start()
-        driver.ram.view(2 * MIB, 6 * MIB)[:] = 1
-        device.set_reclaim_rate(2 * MIB)
+        driver.ram.view(2 * MIB, 24 * MIB)[:] = 1
+        device.set_reclaim_rate(16 * MIB)
         began = time.monotonic()
-        driver.report([(2 * MIB, 3 * MIB)])  # one MiB on credit, which the next one waits for
-        driver.report([(5 * MIB, 3 * MIB)])
-        assert 0.4 < time.monotonic() - began < 5
-        assert not driver.ram.view(2 * MIB, 6 * MIB).any()
+        driver.report([(2 * MIB, 18 * MIB)])  # two MiB on credit, which the next one waits for
+        driver.report([(20 * MIB, 6 * MIB)])
+        assert 0.1 < time.monotonic() - began < 5
+        assert not driver.ram.view(2 * MIB, 24 * MIB).any()
         assert not driver.effects & balloon.Effect.NOTIFY_LATER
