@@ -90,7 +90,7 @@ asan: build
 	log=$$(BALLOON_SANITIZE=1 $(SETUP) build --build-base build/asan --build-lib $(ASAN_LIB) --parallel "$$(nproc)" 2>&1) ||
 	    { echo "$$log" >&2; exit 1; }
 	$(ASAN_RUN) tests/asan_canary.py $(ASAN_LIB)
-	BALLOON_EXPECT_BUILD=$(CURDIR)/$(ASAN_LIB) BALLOON_EXAMPLES=30 $(ASAN_RUN) -m pytest --capture=sys \
+	BALLOON_EXPECT_BUILD=$(CURDIR)/$(ASAN_LIB) BALLOON_EXAMPLES=30 $(ASAN_RUN) -m pytest --capture=sys -o faulthandler_timeout=300 \
 	    -m 'not e2e and not slow' --ignore=tests/e2e --ignore=tests/test_house.py --ignore=tests/test_races.py \
 	    --ignore=tests/test_cli.py --ignore=tests/test_readme.py --ignore=tests/test_disposal.py \
 	    -k 'not fork and not child' tests $(PYTEST_ARGS)
