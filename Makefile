@@ -56,7 +56,7 @@ bench_requires := import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb
 # How sanitized code is run: any finding ends the process, pymalloc does not hide what lies behind an object,
 # and the package in ASAN_LIB comes before the one in the current folder and the installed one.
 ASAN_LIB := build/asan/lib
-ASAN_RUN = env ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+ASAN_RUN = env ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0:allocator_may_return_null=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
     LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
     PYTHONMALLOC=malloc PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(ASAN_LIB) $(BIN)/python
 
