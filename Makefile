@@ -81,8 +81,9 @@ soak: build guest
 attacks: build
 	$(BIN)/python tests/attacks/attack_table.py $(ATTACKS)
 
-# A fork of a process with threads can stop for ever in libasan's allocator: what forks is left to `make test`, as
-# is more memory than there is; so are the command line and the README, which have nothing native of their own, and most of the random examples.
+# A fork of a process with threads can stop for ever in libasan's allocator, which also ends a process that asks for
+# more memory than there is: these tests are left to `make test`. So are the command line and the README, which have
+# nothing native of their own, and most of the random examples.
 # The in-place build is not touched. What is not native is copied anew, without what is gone from the tree.
 asan: build
 	echo 'balloon: building sanitized modules into $(ASAN_LIB)'
