@@ -227,7 +227,11 @@ def test_what_was_removed_names_no_file_and_no_address(way: str) -> None:
         libc = ctypes.CDLL(None)
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        assert libc.mmap(address, MIB, 3, mmap.MAP_SHARED | 0x10, victim, 0) == address
+        placed = libc.mmap(address, MIB, 3, mmap.MAP_SHARED | 0x100000, victim, 0)  # MAP_FIXED_NOREPLACE
+        if placed != address:
+            pytest.skip(
+                "something of this process was mapped where the region was, as under AddressSanitizer"
+            )
         stack.callback(libc.munmap, ctypes.c_void_p(address), ctypes.c_size_t(MIB))
         gone: list[Callable[[], object]] = [
             lambda: reclaimer.discard(table, [(HIGH, MIB)]),
